@@ -1,0 +1,132 @@
+"""Start the app: `python app.py`. The composition root; nothing runs on import.
+
+settings → history → media → pool → studio → web. The model loads in the slots' own processes, so
+the page answers within seconds, and a request made meanwhile waits its turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import sys
+from collections.abc import AsyncIterator
+from types import FrameType
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000")
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+
+from mochi_app.engine.pool import Pool
+from mochi_app.history import History, HistoryError
+from mochi_app.media import MediaStore
+from mochi_app.settings import Settings, SettingsError, load_model_defaults, load_settings
+from mochi_app.studio import Studio
+from mochi_app.tickets import Tickets
+from mochi_app.web import ui
+from mochi_app.web.api import Api
+from mochi_app.web.routes import add_routes
+
+log = logging.getLogger("mochi_app")
+
+MAX_THREADS = 512  # events that Gradio's queue may run at a time, waiting callers included
+STATUS_UPDATE_SECONDS = 5
+CONNECTION_GRACE_SECONDS = 1
+
+
+def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
+    """The parent app: our routes, then Gradio's page and API at the root."""
+    gr.set_static_paths([studio.media.videos])
+    with gr.Blocks(title="Mochi", analytics_enabled=False) as demo:
+        ui.build(studio)
+        Api(studio, ticket_secret).mount()
+    demo.max_threads = MAX_THREADS
+    demo.queue(api_open=False, status_update_rate=STATUS_UPDATE_SECONDS, max_size=None)
+
+    tickets: list[Tickets] = []
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tickets.append(Tickets(app, ticket_secret, lambda: studio.tickets_needed, studio.changed))
+        await studio.start()
+        tickets[0].start()
+        try:
+            yield
+        finally:
+            studio.begin_stop()
+            await tickets[0].stop()
+            await studio.stop()
+            await studio.history.close()
+
+    app = FastAPI(title="Mochi", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    add_routes(app, studio)
+    gr.mount_gradio_app(
+        app,
+        demo,
+        path="/",
+        root_path=os.environ.get("GRADIO_ROOT_PATH"),
+        run_history=False,
+        show_error=False,
+        enable_monitoring=False,
+        footer_links=["api", "settings"],
+        **ui.page_options(),
+    )
+    return app
+
+
+class Server(uvicorn.Server):
+    """Uvicorn that tells the studio of a signal at once, so that open streams can end."""
+
+    def __init__(self, config: uvicorn.Config, studio: Studio) -> None:
+        super().__init__(config)
+        self._studio = studio
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On SIGTERM or SIGINT: no new jobs, streams end, then uvicorn shuts down."""
+        log.info("%s: stopping", signal.Signals(sig).name)
+        self._studio.begin_stop()
+        super().handle_exit(sig, frame)
+
+
+async def serve(settings: Settings) -> None:
+    """Compose everything and serve until a signal."""
+    defaults = load_model_defaults(settings)
+    history = await History.open(settings.data_dir)
+    media = await asyncio.to_thread(MediaStore, settings.data_dir)
+    swept = await asyncio.to_thread(media.sweep)
+    log.info("swept leftovers: %s", swept)
+    pool = Pool(settings, media.scratch)
+    studio = Studio(settings, defaults, history, media, pool)
+    config = uvicorn.Config(
+        build_web(studio, secrets.token_urlsafe(32)),
+        host=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
+        port=int(os.environ.get("GRADIO_SERVER_PORT", "7860")),
+        log_level="warning",
+        timeout_graceful_shutdown=CONNECTION_GRACE_SECONDS,
+    )
+    log.info("serving http://%s:%d with model %s", config.host, config.port, settings.model)
+    await Server(config, studio).serve()
+
+
+def main() -> int:
+    """Run the app; the exit code says whether it could start."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        asyncio.run(serve(load_settings()))
+    except (SettingsError, HistoryError) as error:
+        log.error("cannot start: %s", error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

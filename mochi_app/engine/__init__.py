@@ -1,0 +1,1 @@
+"""The engine: slots of persistent rank processes that run Mochi."""

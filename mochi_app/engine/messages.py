@@ -1,0 +1,185 @@
+"""The messages that cross the process boundary, and their one encoding: a JSON object a line.
+
+A slot sends commands (`Configure`, `Run`, `Cancel`, `Shutdown`) and a rank answers with events.
+Each message carries the `epoch` of the process it belongs to, so that a late one from a dead
+process is told from a live one. This module imports nothing of the app: both sides load it cheaply.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+MAX_LINE_BYTES = 1 << 20
+
+
+class ProtocolError(ValueError):
+    """A line on the channel is not a message."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """Anything on the channel. `epoch` counts the starts of a slot."""
+
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configure(Message):
+    """First message to a rank: what to load and where to write. `device` is cpu or cuda,
+    `dtype` auto, float32 or bfloat16."""
+
+    slot: int
+    rank: int
+    world_size: int
+    model: str
+    device: str
+    dtype: str
+    scratch: str
+    threads: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run(Message):
+    """Make one video. Names as in `jobs.Job`; `metadata` goes into the MP4 as it is."""
+
+    job_id: str
+    prompt: str
+    negative_prompt: str
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel(Message):
+    """Stop this job at the next boundary, or before it begins; others are not touched."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shutdown(Message):
+    """End the process when nothing runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat(Message):
+    """The process is alive; says nothing about progress."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading(Message):
+    """Start-up goes on. `what` is for people: "importing", "loading weights"."""
+
+    what: str
+    done: float | None = None
+    total: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready(Message):
+    """The model is loaded. `seconds` since the process was configured."""
+
+    seconds: float
+    device: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEvent(Message):
+    """Anything about one job."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage(JobEvent):
+    """The job enters a stage: text, denoise, decode or encode."""
+
+    stage: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step(JobEvent):
+    """Step `step` of `steps` is done; `seconds` is its duration."""
+
+    step: int
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latent(JobEvent):
+    """A small picture of the state after `step`: `image` is a data URL."""
+
+    step: int
+    image: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done(JobEvent):
+    """Video and poster lie in the slot's scratch folder under these names.
+
+    `latents_hash` and `frames_hash` are SHA-256 of the first latents and of the raw RGB frames.
+    """
+
+    video: str
+    poster: str
+    seconds: Mapping[str, float]
+    latents_hash: str
+    frames_hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed(JobEvent):
+    """The job failed. With `poisoned` the process cannot be trusted and will be replaced."""
+
+    error: str
+    poisoned: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancelled(JobEvent):
+    """The job stopped at a boundary, as asked; the slot stays ready."""
+
+
+_TYPES: dict[str, type[Message]] = {
+    kind.__name__: kind
+    for kind in (
+        Configure, Run, Cancel, Shutdown, Heartbeat, Loading, Ready,
+        Stage, Step, Latent, Done, Failed, Cancelled,
+    )
+}  # fmt: skip
+
+
+def encode(message: Message) -> bytes:
+    """One line, newline included."""
+    record = {"type": type(message).__name__} | asdict(message)
+    return json.dumps(record, ensure_ascii=True, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def decode(line: bytes) -> Message:
+    """The message in one line.
+
+    Raises:
+        ProtocolError: the line is not JSON, not an object, or not exactly a message's fields.
+    """
+    try:
+        record = json.loads(line)
+        kind = _TYPES[record.pop("type")]
+        missing = {item.name for item in fields(kind)} - record.keys()
+        if missing:
+            raise ProtocolError(f"{kind.__name__} without {sorted(missing)}")
+        return kind(**record)
+    except ProtocolError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ProtocolError(f"not a message: {line[:80]!r} ({error})") from error

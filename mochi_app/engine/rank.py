@@ -1,0 +1,361 @@
+"""The child process of one GPU: reads commands, runs jobs one at a time, sends events.
+
+Started by a slot as `python -m mochi_app.engine.rank --channel FD`, where FD is one end of a stream
+socketpair that speaks `mochi_app.engine.messages`. Owns the process: its threads, its end, and the
+answer to every command. It does not own the model (`pipeline.py`) or the encoder (`encode.py`), and
+imports neither, nor torch, until the parent has heard from it.
+
+Three threads: the main one loads and computes; a reader takes commands, so that a cancel arrives
+while the main thread computes, and ends the process when the parent is gone; a third sends
+heartbeats. A test program gives `main` a loader of its own and fakes the model, never the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from mochi_app.engine.messages import (
+    MAX_LINE_BYTES,
+    Cancel,
+    Cancelled,
+    Configure,
+    Done,
+    Failed,
+    Heartbeat,
+    JobEvent,
+    Loading,
+    Message,
+    ProtocolError,
+    Ready,
+    Run,
+    Shutdown,
+    Stage,
+    decode,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from mochi_app.engine.encode import Frames
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 1.0
+MAX_ERROR_CHARS = 300
+PR_SET_PDEATHSIG = 1
+EXIT_PROTOCOL = 3
+
+Emit = Callable[[Message], None]
+
+
+class Result(Protocol):
+    """What a run yields. `seconds` by stage: text, denoise, decode; `frames` RGB (F, H, W, 3)."""
+
+    @property
+    def frames(self) -> Frames: ...
+    @property
+    def seconds(self) -> Mapping[str, float]: ...
+    @property
+    def latents_hash(self) -> str: ...
+    @property
+    def frames_hash(self) -> str: ...
+
+
+class Engine(Protocol):
+    """A loaded model, as far as this module is concerned.
+
+    `run` sends its own Stage, Step and Latent events, asks `cancelled` at every boundary, and
+    returns None when it stopped for that reason. `free` gives memory back after a failed run.
+    """
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def versions(self) -> Mapping[str, str]: ...
+    def run(self, request: Run, emit: Emit, cancelled: Callable[[], bool]) -> Result | None: ...
+    def free(self) -> None: ...
+
+
+Loader = Callable[[Configure, Emit], Engine]
+
+
+def load_mochi(config: Configure, emit: Emit) -> Engine:
+    """Import the model's libraries, then load it: the loader of every real rank."""
+    # OpenMP threads that spin while they wait starve each other when cores are shared: the steps of
+    # the embedded model took ten times as long beside one busy process. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from mochi_app.engine import pipeline
+
+    emit(Loading(what="loading weights"))
+    return pipeline.load(config, emit)
+
+
+class Channel:
+    """Both directions of the socket to the parent; `send` may be called from any thread."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._socket = socket.socket(fileno=descriptor)
+        self._socket.set_inheritable(False)
+        self._socket.setblocking(True)
+        self._lines = self._socket.makefile("rb")
+        self._lock = threading.Lock()
+        self.epoch = 0
+
+    def send(self, message: Message) -> None:
+        """Write one message with this process's epoch; a parent that is gone ends the process."""
+        line = encode(replace(message, epoch=self.epoch))
+        try:
+            with self._lock:
+                self._socket.sendall(line)
+        except OSError:
+            leave(0)
+
+    def receive(self) -> Message | None:
+        """The next command; None when the parent has closed its end.
+
+        Raises:
+            ProtocolError: the line is no message, or longer than `MAX_LINE_BYTES`.
+        """
+        try:
+            line = self._lines.readline(MAX_LINE_BYTES + 1)
+        except OSError:
+            return None
+        if not line.endswith(b"\n"):
+            if len(line) > MAX_LINE_BYTES:
+                raise ProtocolError(f"a line of more than {MAX_LINE_BYTES} bytes")
+            return None
+        return decode(line)
+
+
+class Inbox:
+    """Commands between the reader and the main thread: jobs in order, and which are cancelled."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[Run | Shutdown] = deque()
+        self._current: str | None = None
+        self._cancelled: set[str] = set()
+
+    def put(self, command: Message) -> None:
+        """Take in one command of the parent.
+
+        Raises:
+            ProtocolError: a rank does not take such a message.
+        """
+        with self._changed:
+            if isinstance(command, Run | Shutdown):
+                self._waiting.append(command)
+                self._changed.notify()
+            elif isinstance(command, Cancel):
+                known = {item.job_id for item in self._waiting if isinstance(item, Run)}
+                if command.job_id == self._current or command.job_id in known:
+                    self._cancelled.add(command.job_id)
+            else:
+                raise ProtocolError(f"a rank takes no {type(command).__name__}")
+
+    def take(self) -> Run | None:
+        """Wait for the next job, which becomes the current one; None at a shutdown."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting)
+            command = self._waiting.popleft()
+            if isinstance(command, Shutdown):
+                return None
+            self._current = command.job_id
+            return command
+
+    def cancelled(self) -> bool:
+        """Whether the current job is to stop."""
+        return self._current in self._cancelled
+
+    def finish(self) -> None:
+        """The current job is over: a cancel that comes now is too late and means nothing."""
+        with self._changed:
+            if self._current is not None:
+                self._cancelled.discard(self._current)
+            self._current = None
+
+
+def main(argv: Sequence[str] | None = None, loader: Loader = load_mochi) -> int:
+    """Run the process to its end; returns the exit status of an orderly one.
+
+    Raises:
+        SystemExit: the model did not load (status 1, the reason as one line on stderr), or the
+            command line is wrong (status 2).
+    """
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parser = argparse.ArgumentParser(prog="mochi_app.engine.rank", description="One engine rank.")
+    parser.add_argument("--channel", type=int, required=True, help="descriptor of the socket")
+    channel = Channel(parser.parse_args(argv).channel)
+    os.dup2(2, 1)  # whatever a library prints belongs to the log
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    config = configure(channel)
+    inbox = Inbox()
+    for name, target in (("heartbeat", beat), ("reader", read)):
+        arguments = (channel,) if target is beat else (channel, inbox)
+        threading.Thread(target=target, args=arguments, name=name, daemon=True).start()
+    engine = load(config, channel, loader)
+    while (request := inbox.take()) is not None:
+        outcome = attempt(engine, config, request, channel.send, inbox.cancelled)
+        inbox.finish()
+        if isinstance(outcome, Failed):
+            engine.free()
+        channel.send(outcome)
+    return 0
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies; leave if it just did."""
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        leave(0)
+
+
+def leave(status: int) -> None:
+    """End the process at once, from any thread."""
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def configure(channel: Channel) -> Configure:
+    """Read the first message, which sets the epoch of all that is sent."""
+    command = channel.receive()
+    if command is None:
+        raise SystemExit(0)
+    if not isinstance(command, Configure):
+        raise SystemExit(f"expected Configure as the first message, got {type(command).__name__}")
+    channel.epoch = command.epoch
+    return command
+
+
+def beat(channel: Channel) -> None:
+    """Thread: say that the process lives, at once and then every second."""
+    while True:
+        channel.send(Heartbeat())
+        time.sleep(HEARTBEAT_SECONDS)
+
+
+def read(channel: Channel, inbox: Inbox) -> None:
+    """Thread: hand on commands; end the process when the parent is gone or talks nonsense."""
+    try:
+        while (command := channel.receive()) is not None:
+            inbox.put(command)
+    except ProtocolError as error:
+        sys.stderr.write(f"channel: {error}\n")
+        leave(EXIT_PROTOCOL)
+    leave(0)
+
+
+def load(config: Configure, channel: Channel, loader: Loader) -> Engine:
+    """Load the model and report each stage of it.
+
+    Raises:
+        SystemExit: it did not load.
+    """
+    started = time.perf_counter()
+    channel.send(Loading(what="importing"))
+    try:
+        engine = loader(config, channel.send)
+    except Exception as error:
+        raise SystemExit(f"model did not load: {one_line(error, paths=True)}") from error
+    seconds = time.perf_counter() - started
+    channel.send(Ready(seconds=seconds, device=engine.device, versions=engine.versions))
+    logger.info("slot %d rank %d ready in %.1f s", config.slot, config.rank, seconds)
+    return engine
+
+
+def attempt(
+    engine: Engine, config: Configure, request: Run, emit: Emit, cancelled: Callable[[], bool]
+) -> JobEvent:
+    """Run one job and return how it ended; an ordinary exception is an outcome, not a crash."""
+    try:
+        if cancelled():
+            return Cancelled(job_id=request.job_id)
+        return make_video(engine, config, request, emit, cancelled)
+    except Exception as error:
+        logger.exception("job %s failed", request.job_id)
+        return failure(request, error)
+
+
+def make_video(
+    engine: Engine, config: Configure, request: Run, emit: Emit, cancelled: Callable[[], bool]
+) -> JobEvent:
+    """Run the model, then write video and poster into the scratch folder."""
+    from mochi_app.engine import encode as media
+
+    media.comment(request.metadata)  # refuse what cannot be written before it costs anything
+    result = engine.run(request, emit, cancelled)
+    if result is None or cancelled():
+        return Cancelled(job_id=request.job_id)
+    emit(Stage(job_id=request.job_id, stage="encode"))
+    started = time.perf_counter()
+    output = media.save(
+        result.frames,
+        Path(config.scratch),
+        request.job_id,
+        fps=request.fps,
+        prompt=request.prompt,
+        metadata=request.metadata,
+    )
+    return Done(
+        job_id=request.job_id,
+        video=output.video,
+        poster=output.poster,
+        seconds=dict(result.seconds) | {"encode": time.perf_counter() - started},
+        latents_hash=result.latents_hash,
+        frames_hash=result.frames_hash,
+    )
+
+
+def failure(request: Run, error: Exception) -> Failed:
+    """What a failed job says to people, and whether the process can go on.
+
+    Errors of torch are told by class name, so that this module need not import it. Running out of
+    memory fails the job only; after a CUDA or NCCL error nothing on the device can be relied on.
+    """
+    names = {kind.__name__ for kind in type(error).__mro__}
+    text = str(error)
+    poisoned = "AcceleratorError" in names or re.search(
+        r"CUDA (driver )?error|(CUBLAS|CUDNN)_STATUS_(?!ALLOC)|NCCL|device-side assert",
+        text,
+    )
+    memory = names & {"OutOfMemoryError", "MemoryError"} or re.search(
+        r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED", text
+    )
+    message = one_line(error)
+    if memory:
+        size = f"{request.width}x{request.height} pixels, {request.num_frames} frames"
+        message = f"out of memory at {size}: ask for a smaller size or fewer frames"
+    return Failed(job_id=request.job_id, error=message, poisoned=bool(poisoned))
+
+
+def one_line(error: BaseException, *, paths: bool = False) -> str:
+    """`TypeName: message` on one line and bounded; folders are cut from paths unless `paths`."""
+    text = " ".join(str(error).split())
+    text = "".join(char for char in text if char.isprintable())
+    if not paths:
+        text = re.sub(r"(?<![\w:/.])(?:/[^\s/'\":,;]+)+/(?=[^\s/'\":,;])", "", text)
+    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= MAX_ERROR_CHARS else text[: MAX_ERROR_CHARS - 1] + "…"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,516 @@
+"""The parent side of one slot: start its rank processes, talk to them, notice when they fail.
+
+A slot owns processes and deadlines, not policy: when it dies it says why (`SlotDied`) and stays
+down until `start()` is called again; `pool.py` decides when. It knows no history, and it names the
+engine (`python -m mochi_app.engine.rank`) instead of importing it, so torch never enters here.
+
+What is watched, and what each catches:
+    the exit of a process    kills, crashes, exits
+    the heartbeat            a frozen process, or a frozen machine
+    progress of the job      a hang while the heartbeat thread beats on
+    the start and load times a start that never ends
+    the cancel time          a step so long that a cancel would not free the device
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from mochi_app.engine import messages
+from mochi_app.engine.messages import Message
+from mochi_app.settings import PROJECT_DIR, Settings, SlotSpec
+
+log = logging.getLogger(__name__)
+
+ENGINE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "mochi_app.engine.rank")
+WATCH_INTERVAL = 0.1  # seconds between looks at the deadlines
+EXIT_GRACE = 1.0  # seconds an exit status may lag behind the end of its channel
+STDERR_TAIL = 20  # lines
+
+
+class SlotState(StrEnum):
+    """What a slot is doing; only READY takes a job."""
+
+    DOWN = "down"
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    BUSY = "busy"
+
+
+class SlotDied(RuntimeError):
+    """The processes of a slot are gone. The message says how."""
+
+
+class JobFailed(RuntimeError):
+    """The engine reports that the job failed; the slot may well be healthy."""
+
+
+class JobCancelled(Exception):
+    """The job stopped because it was cancelled."""
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """The moment (`time.monotonic()`) by which something must have happened; else the reason."""
+
+    at: float
+    reason: str
+
+
+async def first_of(*futures: asyncio.Future[Any]) -> None:
+    """Wait until one of the futures is done; none is cancelled."""
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def unbroken(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work` to its end even when cancelled meanwhile: a half spawned child has no owner."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+class RankProcess:
+    """One rank: its process, its channel and the tail of its stderr."""
+
+    def __init__(self, rank: int, device: str) -> None:
+        self.rank = rank
+        self.device = device
+        self.ready = False
+        self.heard_at = time.monotonic()
+        self.tail: deque[str] = deque(maxlen=STDERR_TAIL)
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._reader: asyncio.StreamReader | None = None
+        self._stderr_task: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id, None before the spawn."""
+        return self._process.pid if self._process else None
+
+    async def spawn(self, command: Sequence[str], name: str) -> None:
+        """Start the process in a session of its own, with one end of a socketpair.
+
+        Must run on the loop's own thread: the death signal that the rank asks for follows the
+        thread that spawned it.
+        """
+        ours, theirs = socket.socketpair()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *command,
+                "--channel",
+                str(theirs.fileno()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+                cwd=PROJECT_DIR,
+                env=self._environment(),
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._reader, self._writer = await asyncio.open_unix_connection(
+            sock=ours, limit=messages.MAX_LINE_BYTES
+        )
+        self._stderr_task = asyncio.create_task(self._keep_stderr(name))
+
+    def _environment(self) -> dict[str, str]:
+        visible = "" if self.device == "cpu" else self.device
+        return os.environ | {
+            "CUDA_VISIBLE_DEVICES": visible,
+            "PYTHONUNBUFFERED": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+
+    async def _keep_stderr(self, name: str) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        partial = ""
+        while chunk := await self._process.stdout.read(8192):
+            *lines, partial = (partial + chunk.decode("utf-8", "backslashreplace")).split("\n")
+            for line in lines:
+                self._keep_line(name, line)
+            partial = partial[-8192:]
+        self._keep_line(name, partial)
+
+    def _keep_line(self, name: str, line: str) -> None:
+        if line.strip():
+            self.tail.append(line.rstrip())
+            log.info("%s: %s", name, line.rstrip())
+
+    async def receive(self) -> Message | None:
+        """The next message, None at the end of the channel.
+
+        Raises:
+            messages.ProtocolError: something else came.
+        """
+        assert self._reader is not None
+        try:
+            line = await self._reader.readline()
+        except ConnectionError:
+            return None
+        except ValueError as error:  # longer than the limit
+            raise messages.ProtocolError(str(error)) from error
+        if not line:
+            return None
+        if not line.endswith(b"\n"):
+            raise messages.ProtocolError(f"half a message: {line[:80]!r}")
+        return messages.decode(line)
+
+    def send(self, message: Message) -> None:
+        """Write a command. A dead process is noticed by its exit, not here."""
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(messages.encode(message))
+
+    def kill(self) -> None:
+        """SIGKILL to the rank and all that it started."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def wait(self, timeout: float | None = None) -> int | None:
+        """The exit status; None when it is not there within `timeout` seconds."""
+        if self._process is None:
+            return None
+        try:
+            return await asyncio.wait_for(self._process.wait(), timeout)
+        except TimeoutError:
+            return None
+
+    async def last_words(self) -> None:
+        """Give a process that closed its channel a moment to leave its exit status and stderr."""
+        await self.wait(EXIT_GRACE)
+        if self._stderr_task is not None:
+            await asyncio.wait([self._stderr_task], timeout=EXIT_GRACE)
+
+    async def close(self) -> None:
+        """Reap the process and free the channel."""
+        await self.wait()
+        if self._writer is not None:
+            self._writer.close()
+        if self._stderr_task is not None:
+            # A grandchild that holds the pipe must not hold us.
+            await asyncio.wait([self._stderr_task], timeout=EXIT_GRACE)
+            self._stderr_task.cancel()
+        if self._process is not None:
+            # Else it closes itself a few turns of the loop later, which may have ended by then.
+            self._process._transport.close()  # type: ignore[attr-defined]
+
+    def ending(self) -> str:
+        """How the process ended, for people: signal or exit code, and its last words."""
+        code = self._process.returncode if self._process else None
+        who = f"rank {self.rank} (pid {self.pid})"
+        if code is None:
+            return f"{who} closed its channel"
+        if code < 0:
+            return f"{who} was killed by {signal.Signals(-code).name}"
+        words = f": {self.tail[-1]}" if self.tail and code else ""
+        return f"{who} exited with code {code}{words}"
+
+
+class Slot:
+    """A group of devices with its persistent rank processes.
+
+    `on_change` is called, on the loop, whenever `state` or `detail` changes.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        spec: SlotSpec,
+        settings: Settings,
+        scratch: Path,
+        *,
+        threads: int = 0,
+        command: Sequence[str] = ENGINE_COMMAND,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.index = index
+        self.spec = spec
+        self.scratch = scratch
+        self.state = SlotState.DOWN
+        self.detail = "not started"
+        self.since = time.monotonic()
+        self.epoch = 0
+        self.versions: dict[str, str] = {}
+        self.load_seconds: float | None = None
+        self._settings = settings
+        self._threads = threads
+        self._command = command
+        self._on_change = on_change
+        self._ranks: list[RankProcess] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._deadlines: dict[str, Deadline] = {}
+        self._burial = asyncio.Lock()
+        self._all_ready: asyncio.Future[None] | None = None
+        self._death: asyncio.Future[str] | None = None
+        self._outcome: asyncio.Future[messages.JobEvent] | None = None
+        self._job_id: str | None = None
+        self._on_event: Callable[[messages.JobEvent], None] | None = None
+        self._cancelling = False
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids, by rank; empty when down."""
+        return [rank.pid for rank in self._ranks if rank.pid is not None]
+
+    @property
+    def job_id(self) -> str | None:
+        """The job that runs here."""
+        return self._job_id
+
+    def _set(self, state: SlotState, detail: str = "") -> None:
+        if state is not self.state:
+            self.since = time.monotonic()
+        self.state, self.detail = state, detail
+        self._on_change()
+
+    # Start and end
+
+    async def start(self) -> None:
+        """Spawn the ranks and wait until each has loaded its model.
+
+        Raises:
+            SlotDied: they did not come up; everything that was started is gone again.
+        """
+        assert self.state is SlotState.DOWN, f"slot {self.index} is {self.state}"
+        loop = asyncio.get_running_loop()
+        self.epoch += 1
+        self._all_ready, self._death = loop.create_future(), loop.create_future()
+        self._ranks = [RankProcess(i, device) for i, device in enumerate(self.spec.devices)]
+        self._set(SlotState.STARTING, "starting the process")
+        self._set_deadline("start", self._settings.start_timeout, "did not report")
+        try:
+            for rank in self._ranks:
+                await unbroken(rank.spawn(self._command, f"slot {self.index} rank {rank.rank}"))
+                rank.heard_at = time.monotonic()
+                rank.send(self._configuration(rank))
+            self._tasks = [asyncio.create_task(self._listen(rank)) for rank in self._ranks]
+            self._tasks.append(asyncio.create_task(self._watch()))
+            await first_of(self._all_ready, self._death)
+        except OSError as error:
+            self._die(f"the process could not be started: {error}")
+        except asyncio.CancelledError:
+            self._die("the start was called off")
+            await self._bury()
+            raise
+        if self._death.done():
+            await self._bury()
+            raise SlotDied(self._death.result())
+        self._set(SlotState.READY)
+
+    def _configuration(self, rank: RankProcess) -> messages.Configure:
+        return messages.Configure(
+            epoch=self.epoch,
+            slot=self.index,
+            rank=rank.rank,
+            world_size=self.spec.world_size,
+            model=self._settings.model,
+            device="cpu" if rank.device == "cpu" else "cuda",
+            dtype=self._settings.dtype,
+            scratch=str(self.scratch),
+            threads=self._threads,
+        )
+
+    async def died(self) -> str:
+        """Wait until the processes are gone, and say why. For a slot that has started."""
+        assert self._death is not None, f"slot {self.index} was never started"
+        reason = await asyncio.shield(self._death)
+        await self._bury()
+        return reason
+
+    async def stop(self, grace: float = 0.5) -> None:
+        """Ask the ranks to end, kill what is left after `grace` seconds, and reap everything."""
+        if self._death is None or self.state is SlotState.DOWN:
+            return
+        for rank in self._ranks:
+            rank.send(messages.Shutdown(epoch=self.epoch))
+        if self.state is SlotState.READY:
+            await asyncio.gather(*(rank.wait(grace) for rank in self._ranks))
+        self._die("stopped")
+        await self._bury()
+
+    def kill(self, reason: str) -> None:
+        """Kill the ranks at once; whoever waits for this slot gets `reason`."""
+        self._die(reason)
+
+    def _die(self, reason: str) -> None:
+        """All ranks go together: peers of a lost rank may be blocked in a collective."""
+        if self._death is not None and not self._death.done():
+            self._death.set_result(reason)
+        for rank in self._ranks:
+            rank.kill()
+
+    async def _bury(self) -> None:
+        """Reap every process; afterwards the slot is DOWN. May be called by several at a time."""
+        await unbroken(self._end_everything())
+
+    async def _end_everything(self) -> None:
+        async with self._burial:
+            await self._end_ranks()
+
+    async def _end_ranks(self) -> None:
+        tasks, self._tasks = self._tasks, []
+        ranks, self._ranks = self._ranks, []
+        for task in tasks:
+            task.cancel()
+        for rank in ranks:
+            rank.kill()
+            await rank.close()
+        self._deadlines.clear()
+        if self.state is not SlotState.DOWN:
+            reason = self._death.result() if self._death and self._death.done() else ""
+            self._set(SlotState.DOWN, reason)
+
+    # Deadlines
+
+    def _set_deadline(self, name: str, seconds: float, what: str) -> None:
+        self._deadlines[name] = Deadline(
+            time.monotonic() + seconds, f"{what} within {seconds:g} seconds"
+        )
+
+    def _progressed(self, what: str) -> None:
+        self._set_deadline("step", self._settings.step_timeout, f"{what} showed no progress")
+
+    async def _watch(self) -> None:
+        """Kill the slot when a deadline passes."""
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL)
+            now = time.monotonic()
+            silence = self._settings.heartbeat_timeout
+            for rank in self._ranks:
+                if now - rank.heard_at > silence:
+                    self._die(
+                        f"rank {rank.rank} (pid {rank.pid}) sent no heartbeat"
+                        f" for {silence:g} seconds"
+                    )
+                    return
+            for deadline in self._deadlines.values():
+                if now > deadline.at:
+                    self._die(deadline.reason)
+                    return
+
+    # Messages
+
+    async def _listen(self, rank: RankProcess) -> None:
+        try:
+            while (message := await rank.receive()) is not None:
+                rank.heard_at = time.monotonic()
+                if message.epoch == self.epoch:
+                    self._take(rank, message)
+        except messages.ProtocolError as error:
+            self._die(f"rank {rank.rank} (pid {rank.pid}) broke the protocol: {error}")
+            return
+        await rank.last_words()
+        self._die(rank.ending())
+
+    def _take(self, rank: RankProcess, message: Message) -> None:
+        match message:
+            case messages.Loading():
+                self._deadlines.pop("start", None)
+                if "load" not in self._deadlines:
+                    self._set_deadline("load", self._settings.load_timeout, "did not load")
+                self._set(SlotState.LOADING, message.what)
+            case messages.Ready():
+                self._take_ready(rank, message)
+            case messages.JobEvent() if message.job_id == self._job_id and rank.rank == 0:
+                self._take_job_event(message)
+
+    def _take_ready(self, rank: RankProcess, message: messages.Ready) -> None:
+        rank.ready = True
+        self.versions = dict(message.versions)
+        self.load_seconds = message.seconds
+        if all(rank.ready for rank in self._ranks):
+            self._deadlines.pop("start", None)
+            self._deadlines.pop("load", None)
+            if self._all_ready is not None and not self._all_ready.done():
+                self._all_ready.set_result(None)
+
+    def _take_job_event(self, message: messages.JobEvent) -> None:
+        if isinstance(message, messages.Done | messages.Failed | messages.Cancelled):
+            if self._outcome is not None and not self._outcome.done():
+                self._outcome.set_result(message)
+            return
+        if isinstance(message, messages.Step | messages.Stage):
+            self._progressed(f"job {message.job_id}")
+        if self._on_event is not None:
+            self._on_event(message)
+
+    # Jobs
+
+    async def run(
+        self, request: messages.Run, on_event: Callable[[messages.JobEvent], None]
+    ) -> messages.Done:
+        """Run one job; `on_event` hears its stages, steps and pictures.
+
+        Raises:
+            JobFailed: the engine says so.
+            JobCancelled: after `cancel()`.
+            SlotDied: the processes went away meanwhile.
+        """
+        assert self.state is SlotState.READY, f"slot {self.index} is {self.state}"
+        assert self._death is not None
+        self._outcome = asyncio.get_running_loop().create_future()
+        self._job_id, self._on_event, self._cancelling = request.job_id, on_event, False
+        self._set(SlotState.BUSY)
+        self._progressed(f"job {request.job_id}")
+        try:
+            for rank in self._ranks:
+                rank.send(replace(request, epoch=self.epoch))
+            await first_of(self._outcome, self._death)
+            return self._conclude()
+        finally:
+            self._job_id = self._on_event = self._outcome = None
+            self._deadlines.pop("step", None)
+            self._deadlines.pop("cancel", None)
+            if not self._death.done():
+                self._set(SlotState.READY)
+
+    def _conclude(self) -> messages.Done:
+        """What came of the run: a result that arrived wins over a death or a cancel after it."""
+        assert self._outcome is not None
+        assert self._death is not None
+        outcome = self._outcome.result() if self._outcome.done() else None
+        match outcome:
+            case messages.Done():
+                return outcome
+            case messages.Cancelled():
+                raise JobCancelled
+            case messages.Failed():
+                if outcome.poisoned:
+                    self._die(f"the process cannot be used any more: {outcome.error}")
+                raise JobFailed(outcome.error)
+        if self._cancelling:
+            raise JobCancelled
+        raise SlotDied(self._death.result())
+
+    def cancel(self, job_id: str) -> None:
+        """Ask for the job to stop at its next boundary; the slot is killed if that takes long."""
+        if job_id != self._job_id or self._cancelling:
+            return
+        self._cancelling = True
+        self._set_deadline("cancel", self._settings.cancel_timeout, f"job {job_id} did not stop")
+        for rank in self._ranks:
+            rank.send(messages.Cancel(epoch=self.epoch, job_id=job_id))

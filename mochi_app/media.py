@@ -1,0 +1,326 @@
+"""Videos and posters on disk: put in place, found, counted, removed, swept; metadata read back.
+
+Owns the folders below the data folder that hold files of jobs, and the order of the steps that make
+a finished video durable. It does not own records (`history.py`) or the writing of a video
+(`engine/encode.py`). Every function blocks: call it in a thread. A path is only ever built from a
+job id of the right form, a slot's number, or a bare file name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+
+from mochi_app.jobs import JOB_ID, parse_job_id, shown
+
+VIDEO_SUFFIX = ".mp4"
+POSTER_SUFFIX = ".webp"
+TEMPORARY_PREFIX = "tmp-"
+READ_TIMEOUT_SECONDS = 30
+FOLDERS = ("videos", "posters", "withheld", "checkpoints", "scratch", "backups")
+
+
+class MediaError(ValueError):
+    """A file is not what it should be. The message names the file, without its folder, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """How many files a sweep removed: left in scratch, temporary ones."""
+
+    scratch: int
+    temporary: int
+
+
+class MediaStore:
+    """The media folders of one data folder. Safe to use from several threads."""
+
+    def __init__(self, data_dir: Path) -> None:
+        """Create what is missing and count what is there.
+
+        Raises:
+            OSError: a folder cannot be created or read.
+        """
+        self.data_dir = data_dir.resolve()
+        for name in FOLDERS:
+            (self.data_dir / name).mkdir(parents=True, exist_ok=True)
+        self.videos = self.data_dir / "videos"
+        self.posters = self.data_dir / "posters"
+        self.withheld = self.data_dir / "withheld"
+        self._lock = threading.Lock()
+        self._sizes = video_sizes(self.videos)
+        self._withheld_sizes = video_sizes(self.withheld)
+
+    def scratch(self, slot: int) -> Path:
+        """The scratch folder of `slot`, empty whatever was in it."""
+        folder = self._scratch(slot)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        return folder
+
+    def finalise(
+        self, job_id: str, slot: int, video_name: str, poster_name: str
+    ) -> tuple[str, str]:
+        """Move a slot's finished video and poster into place; both are durable on return.
+
+        The poster goes first: a video that is there is whole and has its poster, even if the power
+        fails in between.
+
+        Returns:
+            File names inside `videos` and `posters`.
+
+        Raises:
+            RequestError: not a job id.
+            MediaError: a name is not that of a regular file in the slot's scratch folder.
+            OSError: the disk refuses.
+        """
+        job_id = parse_job_id(job_id)
+        sources = [inside(self._scratch(slot), name) for name in (poster_name, video_name)]
+        targets = [self._poster(job_id), self._video(job_id)]
+        for source in sources:
+            fsync(source)
+        size = sources[1].stat().st_size
+        for source, target in zip(sources, targets, strict=True):
+            os.replace(source, target)
+            fsync(target.parent)
+        with self._lock:
+            self._sizes[job_id] = size
+        return targets[1].name, targets[0].name
+
+    def video_path(self, job_id: str) -> Path | None:
+        """The job's video, or None if there is none.
+
+        Raises:
+            RequestError: not a job id.
+        """
+        path = self._video(parse_job_id(job_id))
+        return path if path.is_file() else None
+
+    def poster_path(self, job_id: str) -> Path | None:
+        """The job's poster, or None if there is none.
+
+        Raises:
+            RequestError: not a job id.
+        """
+        path = self._poster(parse_job_id(job_id))
+        return path if path.is_file() else None
+
+    def withhold(self, job_id: str) -> None:
+        """Take the job's video, if there is one, out of the folder that is served.
+
+        Raises:
+            RequestError: not a job id.
+            OSError: the disk refuses.
+        """
+        self._move(parse_job_id(job_id), self.videos, self.withheld)
+
+    def unwithhold(self, job_id: str) -> None:
+        """Undo `withhold`. Raises as it does."""
+        self._move(parse_job_id(job_id), self.withheld, self.videos)
+
+    def _move(self, job_id: str, source: Path, target: Path) -> None:
+        name = job_id + VIDEO_SUFFIX
+        if not (source / name).is_file():
+            return
+        os.replace(source / name, target / name)
+        for folder in (target, source):
+            fsync(folder)
+        with self._lock:
+            sizes = {self.videos: self._sizes, self.withheld: self._withheld_sizes}
+            sizes[target][job_id] = sizes[source].pop(job_id)
+
+    def remove_video(self, job_id: str) -> None:
+        """Remove the job's video and keep its poster. Raises as `remove`."""
+        job_id = parse_job_id(job_id)
+        self._video(job_id).unlink(missing_ok=True)
+        fsync(self.videos)
+        with self._lock:
+            self._sizes.pop(job_id, None)
+
+    def remove(self, job_id: str) -> None:
+        """Remove whatever there is of the job's video and poster, for good.
+
+        Raises:
+            RequestError: not a job id.
+            OSError: the disk refuses; calling again goes on where it stopped.
+        """
+        job_id = parse_job_id(job_id)
+        withheld = self.withheld / (job_id + VIDEO_SUFFIX)
+        for path in (self._video(job_id), withheld, self._poster(job_id)):
+            path.unlink(missing_ok=True)
+        for folder in (self.videos, self.withheld, self.posters):
+            fsync(folder)
+        with self._lock:
+            self._sizes.pop(job_id, None)
+            self._withheld_sizes.pop(job_id, None)
+
+    def job_ids(self) -> list[str]:
+        """Ids of the jobs whose video is in place, oldest first."""
+        with self._lock:
+            return sorted(self._sizes)
+
+    def size(self, job_id: str) -> int:
+        """Bytes of the job's video; 0 if there is none."""
+        with self._lock:
+            return self._sizes.get(job_id, 0)
+
+    def total_bytes(self) -> int:
+        """Bytes of all videos, also the withheld ones; posters not counted."""
+        with self._lock:
+            return sum(self._sizes.values()) + sum(self._withheld_sizes.values())
+
+    def free_bytes(self) -> int:
+        """Bytes that the data folder's filesystem still takes."""
+        return shutil.disk_usage(self.data_dir).free
+
+    def sweep(self) -> Swept:
+        """Remove what a dead server left half done. Only at start: nothing may run meanwhile."""
+        scratch = 0
+        for folder in (self.data_dir / "scratch").iterdir():
+            scratch += sum(1 for path in folder.rglob("*") if not path.is_dir())
+            if folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(folder)
+            else:
+                folder.unlink()
+                scratch += 1
+        temporary = [
+            path
+            for folder in (self.videos, self.posters, self.withheld)
+            for path in folder.glob(f"{TEMPORARY_PREFIX}*")
+        ]
+        for path in temporary:
+            path.unlink()
+        return Swept(scratch=scratch, temporary=len(temporary))
+
+    def _scratch(self, slot: int) -> Path:
+        return self.data_dir / "scratch" / str(int(slot))
+
+    def _video(self, job_id: str) -> Path:
+        return self.videos / (job_id + VIDEO_SUFFIX)
+
+    def _poster(self, job_id: str) -> Path:
+        return self.posters / (job_id + POSTER_SUFFIX)
+
+
+def video_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each job's video in a folder, by job id."""
+    return {
+        entry.name.removesuffix(VIDEO_SUFFIX): entry.stat(follow_symlinks=False).st_size
+        for entry in os.scandir(folder)
+        if is_job_file(entry.name, VIDEO_SUFFIX) and entry.is_file(follow_symlinks=False)
+    }
+
+
+def is_job_file(name: str, suffix: str) -> bool:
+    """Whether `name` is a job id followed by `suffix`."""
+    return name.endswith(suffix) and JOB_ID.fullmatch(name.removesuffix(suffix)) is not None
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The regular file `name` directly inside `folder`.
+
+    Raises:
+        MediaError: `name` is more than a bare name, or there is no such file.
+    """
+    path = folder / name
+    if not name or name in (".", "..") or "\0" in name or path.parent != folder:
+        raise MediaError(f"file name {shown(name)}: expected a bare name without folders")
+    if path.is_symlink() or not path.is_file():
+        raise MediaError(f"{shown(name)}: no such file in {folder.name}")
+    return path
+
+
+def fsync(path: Path) -> None:
+    """Wait until the file's content, or the folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `engine/encode.py` wrote into the MP4 at `path`: the request and what made it.
+
+    Raises:
+        MediaError: no such file, not an MP4, a torn one, or one without metadata of this app.
+    """
+    name = shown(path.name)
+    if not path.is_file():
+        raise MediaError(f"{name}: no such file")
+    comment = parse_ffmetadata(dump_ffmetadata(path)).get("comment")
+    if comment is None:
+        raise MediaError(f"{name}: the video carries no metadata")
+    try:
+        record = json.loads(comment)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise MediaError(f"{name}: the video's comment is not metadata of this app")
+    return record
+
+
+def dump_ffmetadata(path: Path) -> str:
+    """The tags of an MP4 in ffmpeg's text form.
+
+    The demuxer and the protocol are fixed: a file that claims to be a playlist opens nothing else.
+
+    Raises:
+        MediaError: ffmpeg does not read it as an MP4, or takes too long.
+    """
+    name = shown(path.name)
+    program = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-v", "error"]
+    source = ["-protocol_whitelist", "file", "-f", "mp4", "-i", f"file:{path.resolve()}"]
+    tags = ["-f", "ffmetadata", "pipe:1"]
+    # ffmpeg takes a file without streams for a success: ask for a packet of the video too.
+    packet = ["-map", "0:v:0", "-c", "copy", "-frames:v", "1", "-f", "null", "-"]
+    try:
+        done = subprocess.run(
+            [*program, *source, *tags, *packet],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=READ_TIMEOUT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise MediaError(f"{name}: not read within {READ_TIMEOUT_SECONDS} s") from None
+    if done.returncode != 0:
+        raise MediaError(f"{name}: not a whole MP4 (ffmpeg ended with {done.returncode})")
+    return done.stdout.decode("utf-8", "replace")
+
+
+def parse_ffmetadata(text: str) -> dict[str, str]:
+    r"""The global tags of an ffmetadata text, a later one of a name winning.
+
+    Its rules (ffmpeg's formats manual): lines `key=value`; `=`, `;`, `#`, `\` and a line feed are
+    escaped by a backslash; other lines from `;` or `#` are comments; `[...]` begins a section.
+    """
+    tags: dict[str, str] = {}
+    key: str | None = None
+    word: list[str] = []
+    characters = iter(text if text.endswith("\n") else text + "\n")
+    for char in characters:
+        if char == "\\":
+            word.append(next(characters, ""))
+        elif char == "=" and key is None:
+            key, word = "".join(word), []
+        elif char == "\n":
+            line = "".join(word)
+            if key is not None:
+                if not key.startswith((";", "#")):
+                    tags[key] = line
+            elif line.startswith("[") and line.endswith("]"):
+                break
+            key, word = None, []
+        else:
+            word.append(char)
+    return tags

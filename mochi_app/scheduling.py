@@ -1,0 +1,101 @@
+"""Who is next, at which place, and when it will be done. Pure functions of plain data.
+
+Order: a job is due at its submit time plus `PATIENCE` times its own estimated run time; the
+earliest due goes first. Among equals that is first come, first served. A short job overtakes a long
+one, but only for a while: what comes later is due later, so nothing starves.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from mochi_app.jobs import Job
+
+PATIENCE = 4.0
+SMOOTHING = 0.3  # weight of the newest measurement
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a waiting job stands: 1 is next. `eta_seconds` until its video; None when unknown."""
+
+    position: int
+    eta_seconds: float | None
+
+
+def passes(job: Job) -> int:
+    """Transformer passes per step: two with classifier-free guidance, one without."""
+    return 2 if job.guidance_scale > 1 else 1
+
+
+def volume(job: Job) -> int:
+    """Pixels × frames of one video."""
+    return job.height * job.width * job.num_frames
+
+
+@dataclass
+class Speeds:
+    """Measured seconds per unit of work, of this model on these slots; None until measured."""
+
+    denoise: float | None = None  # per step, pass, pixel and frame
+    other: float | None = None  # text, decode and encode: per pixel and frame
+
+    def observe(self, job: Job) -> None:
+        """Learn from a finished job's `seconds`."""
+        if "denoise" not in job.seconds:
+            return
+        other = sum(job.seconds.get(stage, 0.0) for stage in ("text", "decode", "encode"))
+        per_step = job.seconds["denoise"] / (job.num_inference_steps * passes(job) * volume(job))
+        self.denoise = self._mix(self.denoise, per_step)
+        self.other = self._mix(self.other, other / volume(job))
+
+    @staticmethod
+    def _mix(old: float | None, new: float) -> float:
+        return new if old is None else (1 - SMOOTHING) * old + SMOOTHING * new
+
+    def run_seconds(self, job: Job, steps_done: int = 0) -> float | None:
+        """Seconds from step `steps_done` of the job to its video."""
+        if self.denoise is None or self.other is None:
+            return None
+        steps = max(0, job.num_inference_steps - steps_done)
+        return volume(job) * (self.denoise * steps * passes(job) + self.other)
+
+
+Estimate = Callable[[Job], float | None]
+
+
+def due(job: Job, estimate: Estimate) -> tuple[float, str]:
+    """Sort key of a waiting job: the moment it is due, then its id."""
+    return (job.submitted_at + PATIENCE * (estimate(job) or 0.0), job.id)
+
+
+def next_job(pending: Iterable[Job], estimate: Estimate) -> Job | None:
+    """The job to start now."""
+    return min(pending, key=lambda job: due(job, estimate), default=None)
+
+
+def places(
+    pending: Iterable[Job], busy_seconds: Sequence[float | None], estimate: Estimate
+) -> dict[str, Place]:
+    """Place and ETA of every waiting job, by id.
+
+    `busy_seconds` has one entry per slot that has a model: seconds until it is free, 0 when idle,
+    None when that is not known, in which case no ETA is.
+    """
+    ordered = sorted(pending, key=lambda job: due(job, estimate))
+    known = bool(busy_seconds) and None not in busy_seconds
+    free_at = [seconds for seconds in busy_seconds if seconds is not None]
+    heapq.heapify(free_at)
+    result: dict[str, Place] = {}
+    for position, job in enumerate(ordered, start=1):
+        seconds = estimate(job)
+        known = known and seconds is not None
+        if not known or seconds is None:
+            result[job.id] = Place(position, None)
+            continue
+        done_at = heapq.heappop(free_at) + seconds
+        heapq.heappush(free_at, done_at)
+        result[job.id] = Place(position, done_at)
+    return result

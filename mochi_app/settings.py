@@ -1,0 +1,261 @@
+"""Every setting, declared once: name, default, help.
+
+Values come from the environment (`MOCHI_<NAME>`). `load_settings()` returns one frozen `Settings`
+or raises `SettingsError`, which names each bad variable, the value given and what was expected.
+Nothing else in the project reads the environment, except Gradio for its own variables.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PROJECT_DIR = Path(__file__).resolve().parent.parent
+ENV_PREFIX = "MOCHI_"
+PACKAGED_DEFAULTS = Path(__file__).resolve().parent / "defaults" / "genmo--mochi-1-preview.json"
+
+
+class SettingsError(ValueError):
+    """A setting, or a file that a setting names, cannot be used. The message says which and why."""
+
+
+@dataclass(frozen=True)
+class SlotSpec:
+    """The devices of one slot, one per rank: `("cpu",)`, `("0",)`, `("0", "1", "2", "3")`."""
+
+    devices: tuple[str, ...]
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.devices)
+
+    def __str__(self) -> str:
+        if self.devices[0] == "cpu":
+            return "cpu" if len(self.devices) == 1 else f"cpu*{len(self.devices)}"
+        return ",".join(self.devices)
+
+
+GPU_NUMBER = re.compile("0|[1-9][0-9]{0,2}")
+SLOTS_EXPECTED = "slots separated by ';', each 'cpu', 'cpu*N' or GPU numbers such as '0' or '0,1'"
+
+
+def parse_slots(value: Any) -> Any:
+    """Parse `"0,1,2,3;4,5,6,7"`, `"cpu;cpu"` or `"cpu*2"` into a tuple of `SlotSpec`.
+
+    Raises:
+        ValueError: the text does not parse, or one GPU is named twice.
+    """
+    if not isinstance(value, str):
+        return value
+    slots: list[SlotSpec] = []
+    for part in value.split(";"):
+        name, star, count = part.strip().partition("*")
+        devices = [device.strip() for device in name.split(",")]
+        if star:
+            if devices != ["cpu"] or not re.fullmatch(r" *[1-9][0-9]? *", count):
+                raise ValueError(SLOTS_EXPECTED)
+            devices *= int(count)
+        elif devices != ["cpu"] and not all(GPU_NUMBER.fullmatch(device) for device in devices):
+            raise ValueError(SLOTS_EXPECTED)
+        slots.append(SlotSpec(tuple(devices)))
+    gpus = [device for slot in slots for device in slot.devices if device != "cpu"]
+    if len(set(gpus)) != len(gpus):
+        raise ValueError(f"{SLOTS_EXPECTED}; every GPU in one place only")
+    return tuple(slots)
+
+
+def one_rank_each(slots: tuple[SlotSpec, ...]) -> tuple[SlotSpec, ...]:
+    """Refuse slots of several ranks, which the engine cannot run yet.
+
+    Raises:
+        ValueError: naming the first such slot.
+    """
+    for slot in slots:
+        if slot.world_size > 1:
+            raise ValueError(f"slot '{slot}' has {slot.world_size} ranks; expected one a slot")
+    return slots
+
+
+Steps = Annotated[int, Field(ge=2, le=512)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """The whole configuration, read once at start."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="ignore")
+
+    model: str = Field(
+        default=str(PROJECT_DIR / "assets" / "tiny-mochi"),
+        min_length=1,
+        description="Folder of a MochiPipeline, or a Hub id such as `genmo/mochi-1-preview`. "
+        "Default: the embedded tiny model.",
+    )
+    slots: Annotated[
+        tuple[SlotSpec, ...],
+        NoDecode,
+        BeforeValidator(parse_slots),
+        AfterValidator(one_rank_each),
+        Field(min_length=1),
+    ] = Field(
+        default=(SlotSpec(("cpu",)),),
+        description="Engine slots: `;` between slots, one entry per rank. "
+        "`0;1` is two slots of one GPU, `cpu;cpu` two on the CPU.",
+    )
+    data_dir: Path = Field(
+        default=Path("data"),
+        description="Where history, videos and posters live. One server a folder.",
+    )
+    preview_steps: Steps = Field(default=8, description="Steps of a preview.")
+    enhance_steps: Steps = Field(default=64, description="Steps of an enhance.")
+    height: int | None = Field(
+        default=None, ge=64, multiple_of=16, description="Default height in pixels."
+    )
+    width: int | None = Field(
+        default=None, ge=64, multiple_of=16, description="Default width in pixels."
+    )
+    num_frames: int | None = Field(
+        default=None, ge=7, description="Default number of frames, 6k+1."
+    )
+    fps: int | None = Field(default=None, ge=1, le=120, description="Frames a second of the video.")
+    guidance_scale: float | None = Field(
+        default=None, ge=0, le=20, allow_inf_nan=False, description="Default guidance scale."
+    )
+    max_pending: int = Field(
+        default=1000, ge=1, description="Jobs that may wait; a submit beyond it is refused."
+    )
+    max_watchers: int = Field(
+        default=256, ge=1, le=448, description="`/generate` calls that may wait at a time."
+    )
+    quota_gib: float = Field(
+        default=200,
+        gt=0,
+        allow_inf_nan=False,
+        description="Room for videos, in GiB. Beyond it the oldest unstarred ones are evicted; "
+        "their records stay.",
+    )
+    trash_hours: float = Field(
+        default=24,
+        ge=0,
+        allow_inf_nan=False,
+        description="Hours a deleted job can be restored before its files are removed for good.",
+    )
+    dtype: str = Field(
+        default="auto",
+        pattern="^(auto|float32|bfloat16)$",
+        description="Weights and arithmetic: `float32`, `bfloat16`; `auto` is bfloat16 on a GPU, "
+        "float32 on a CPU.",
+    )
+    threads: int = Field(
+        default=0, ge=0, description="CPU threads per rank; 0 shares the cores among the CPU ranks."
+    )
+    start_timeout: Seconds = Field(
+        default=120, description="Seconds a rank process may take until it first reports."
+    )
+    load_timeout: Seconds = Field(
+        default=1800, description="Seconds the model may take to load once the rank is up."
+    )
+    step_timeout: Seconds = Field(
+        default=300,
+        description="Seconds without progress (a step, or a stage of text, decode, encode) after "
+        "which a running slot counts as hung.",
+    )
+    heartbeat_timeout: Seconds = Field(
+        default=30, description="Seconds without a heartbeat after which a rank counts as frozen."
+    )
+    cancel_timeout: Seconds = Field(
+        default=30,
+        description="Seconds a cancel may wait for its step boundary before the slot is killed.",
+    )
+    restart_backoff: Seconds = Field(
+        default=1, description="Seconds before a dead slot is restarted; doubles with each death."
+    )
+    restart_backoff_max: Seconds = Field(
+        default=300, description="Longest pause between restarts, in seconds."
+    )
+    broken_after: int = Field(
+        default=5, ge=1, description="Deaths in a row before a slot counts as broken."
+    )
+    drain_seconds: Seconds = Field(
+        default=3, le=8, description="Seconds that running jobs may take to stop at a shutdown."
+    )
+
+    @property
+    def model_dir(self) -> Path | None:
+        """The model's folder, or None when `model` is a Hub id."""
+        folder = Path(self.model).expanduser()
+        return folder.resolve() if folder.is_dir() else None
+
+    @property
+    def model_name(self) -> str:
+        """What records and metadata call the model: the Hub id, or the folder's own name."""
+        return self.model if self.model_dir is None else self.model_dir.name
+
+
+class ModelDefaults(BaseModel):
+    """What a model likes to be asked: sizes in pixels, length in frames, and its limits."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    height: int = Field(ge=64, multiple_of=16)
+    width: int = Field(ge=64, multiple_of=16)
+    num_frames: int = Field(ge=7)
+    fps: int = Field(ge=1, le=120)
+    guidance_scale: float = Field(ge=0, le=20, allow_inf_nan=False)
+    max_height: int = Field(ge=64, multiple_of=16)
+    max_width: int = Field(ge=64, multiple_of=16)
+    max_num_frames: int = Field(ge=7)
+    notice: str | None = None
+    examples: tuple[str, ...] = ()
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the environment once; keyword arguments win over it.
+
+    Raises:
+        SettingsError: naming every bad variable, its value and what was expected.
+    """
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            name = ENV_PREFIX + str(item["loc"][0]).upper() if item["loc"] else ENV_PREFIX
+            expected = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{name}={item['input']!r}: {expected}")
+        raise SettingsError("; ".join(lines)) from None
+
+
+def load_model_defaults(settings: Settings) -> ModelDefaults:
+    """Defaults of the model: the environment, else the model's folder, else the packaged file.
+
+    Raises:
+        SettingsError: a file is not valid, or a default lies outside the model's limits.
+    """
+    path = PACKAGED_DEFAULTS
+    if settings.model_dir is not None and (settings.model_dir / "mochi_defaults.json").is_file():
+        path = settings.model_dir / "mochi_defaults.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("expected a JSON object")
+        names = ("height", "width", "num_frames", "fps", "guidance_scale")
+        chosen = {name: value for name in names if (value := getattr(settings, name)) is not None}
+        defaults = ModelDefaults.model_validate(values | chosen)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"model defaults in {path}: {error}") from error
+    for name in ("height", "width", "num_frames"):
+        value, most = getattr(defaults, name), getattr(defaults, f"max_{name}")
+        if value > most or (name == "num_frames" and value % 6 != 1):
+            what = "6k+1, " if name == "num_frames" else ""
+            raise SettingsError(
+                f"{ENV_PREFIX}{name.upper()}={value}: expected {what}at most {most}"
+            )
+    return defaults

@@ -1,0 +1,93 @@
+"""Tickets: posts to the app's own Gradio queue, each worth one turn at a slot.
+
+A ticket calls the endpoint `engine_turn` in process (httpx over ASGI, no socket) with a secret
+header, and reads the event stream to its end; Gradio's queue lets as many run as there are slots.
+Tickets carry no job: the studio decides what a granted one runs. Whatever happens to one, the
+reconciler posts another as long as the studio needs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+
+import httpx
+from starlette.types import ASGIApp
+
+from mochi_app.pulse import Pulse
+
+log = logging.getLogger(__name__)
+
+SECRET_HEADER = "x-mochi-ticket"
+ENDPOINT = "engine_turn"
+RETRY_SECONDS = 1.0
+
+
+class TicketError(RuntimeError):
+    """The queue did not take a ticket, or dropped it."""
+
+
+class Tickets:
+    """Keeps as many tickets queued or granted as `needed()` says, looking at every beat."""
+
+    def __init__(
+        self, app: ASGIApp, secret: str, needed: Callable[[], int], changed: Pulse
+    ) -> None:
+        self._client = httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=app),
+            base_url="http://127.0.0.1",
+            headers={SECRET_HEADER: secret},
+            timeout=None,
+        )
+        self._needed = needed
+        self._changed = changed
+        self._live: set[asyncio.Task[None]] = set()
+        self._reconciler: asyncio.Task[None] | None = None
+        self.last_error: str | None = None
+
+    def start(self) -> None:
+        """Begin to reconcile."""
+        self._reconciler = asyncio.create_task(self._reconcile(), name="tickets")
+
+    async def stop(self) -> None:
+        """Drop all tickets; what runs on a slot goes on."""
+        tasks = [*self._live, *([self._reconciler] if self._reconciler else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._client.aclose()
+
+    async def _reconcile(self) -> None:
+        while True:
+            count = self._changed.count
+            while len(self._live) < self._needed():
+                task = asyncio.create_task(self._ticket(), name="ticket")
+                self._live.add(task)
+                task.add_done_callback(self._ended)
+            await self._changed.after(count)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._live.discard(task)
+        self._changed.beat()
+
+    async def _ticket(self) -> None:
+        try:
+            await self._post()
+            self.last_error = None
+        except (httpx.HTTPError, TicketError, RuntimeError) as error:
+            self.last_error = f"{type(error).__name__}: {error}"
+            log.error("a ticket was lost: %s", self.last_error)
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _post(self) -> None:
+        path = f"/gradio_api/call/{ENDPOINT}"
+        response = await self._client.post(path, json={"data": []})
+        if response.status_code != httpx.codes.OK:
+            raise TicketError(f"the queue answered {response.status_code}")
+        stream = await self._client.get(f"{path}/{response.json()['event_id']}")
+        events = [line[7:] for line in stream.text.splitlines() if line.startswith("event: ")]
+        if not events or events[-1] != "complete":
+            data = stream.text.strip().splitlines()[-1:] or ["nothing"]
+            raise TicketError(f"the queue ended a ticket with {json.dumps(data[0][:200])}")

@@ -1,0 +1,1 @@
+"""The doors: the page, the named endpoints and the plain HTTP routes."""

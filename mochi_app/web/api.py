@@ -1,0 +1,286 @@
+"""The named endpoints, through `gr.api`: thin, typed, documented. All rules are the studio's.
+
+Every function here becomes part of `/gradio_api/info`; its parameter names are a promise. Values
+are checked by the studio, so the annotations describe and do not enforce.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import gradio as gr
+from gradio import FileData
+
+from mochi_app.jobs import JobStatus, RequestError
+from mochi_app.studio import Studio
+from mochi_app.tickets import ENDPOINT, SECRET_HEADER
+
+
+class Refused(gr.Error):
+    """A refusal that reaches the caller word for word, without a traceback in the log."""
+
+    def __init__(self, error: Exception | str) -> None:
+        super().__init__(str(error), print_exception=False)
+
+
+def owner_of(request: gr.Request) -> str:
+    """Who asks; empty without a login."""
+    return request.username or ""
+
+
+class Api:
+    """The endpoints over one studio. Methods carry the names and signatures that callers see."""
+
+    def __init__(self, studio: Studio, ticket_secret: str) -> None:
+        self._studio = studio
+        self._ticket_secret = ticket_secret
+        self._watchers = 0
+
+    def mount(self) -> None:
+        """Declare the endpoints; inside a `gr.Blocks` context."""
+        named: tuple[Callable[..., Any], ...] = (
+            self.submit_job,
+            self.enhance_job,
+            self.get_job_status,
+            self.list_jobs,
+            self.get_output_file,
+            self.cancel_job,
+            self.delete_job,
+            self.star_job,
+            self.generate,
+        )
+        for function in named:
+            gr.api(function, api_name=function.__name__, concurrency_limit=None)
+        gr.api(
+            self.engine_turn,
+            api_name=ENDPOINT,
+            api_visibility="undocumented",
+            concurrency_limit=len(self._studio.pool.slots),
+        )
+
+    async def submit_job(
+        self,
+        prompt: str,
+        request: gr.Request,
+        negative_prompt: str | None = None,
+        seed: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        request_id: str | None = None,
+    ) -> dict[str, Any]:
+        """Ask for a video; returns the job at once, its id in `id`. The job is kept whatever
+        happens to the caller. The same `request_id` again returns the same job.
+
+        Args:
+            prompt: What to show, 1 to 2000 characters.
+            negative_prompt: What to avoid.
+            seed: 0 to 4294967295; drawn and recorded when omitted.
+            num_inference_steps: 2 to 512; a preview's when omitted.
+            guidance_scale: 0 to 20; at most 1 means no guidance.
+            height: Pixels, a multiple of 16.
+            width: Pixels, a multiple of 16.
+            num_frames: 6k+1 frames.
+            request_id: Your own name for this request, so that it can be sent twice safely.
+        """
+        try:
+            job = await self._studio.submit(
+                owner=owner_of(request),
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                seed=seed,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                height=height,
+                width=width,
+                num_frames=num_frames,
+                request_id=request_id,
+            )
+        except RequestError as error:
+            raise Refused(error) from None
+        return self._studio.view(job)
+
+    async def enhance_job(self, job_id: str, request: gr.Request) -> dict[str, Any]:
+        """Ask for the many-step version of a finished preview: same prompt, seed and size.
+
+        Args:
+            job_id: The preview's id.
+        """
+        try:
+            job = await self._studio.enhance(job_id, owner=owner_of(request))
+        except RequestError as error:
+            raise Refused(error) from None
+        return self._studio.view(job)
+
+    async def get_job_status(self, job_id: str) -> dict[str, Any]:
+        """The job with `status`, `step` of `steps`, `position` in the queue and `eta_seconds`.
+
+        Args:
+            job_id: The id that submit_job returned.
+        """
+        try:
+            return self._studio.status(job_id)
+        except RequestError as error:
+            raise Refused(error) from None
+
+    async def list_jobs(
+        self,
+        status: str | None = None,
+        query: str | None = None,
+        page: int = 1,
+        page_size: int = 24,
+    ) -> dict[str, Any]:
+        """Jobs of everybody, newest first: `jobs`, `total`, `page`, `page_size`.
+
+        Args:
+            status: PENDING, PROCESSING, COMPLETED, FAILED or CANCELLED; all when omitted.
+            query: Words of the prompt; the last one may be a beginning.
+            page: From 1.
+            page_size: 1 to 100.
+        """
+        try:
+            return self._studio.list_jobs(
+                status=status, query=query, page=page, page_size=page_size
+            )
+        except RequestError as error:
+            raise Refused(error) from None
+
+    async def get_output_file(self, job_id: str) -> FileData:
+        """The finished MP4; prompt, seed and all parameters are in its metadata.
+
+        Args:
+            job_id: The id of a COMPLETED job.
+        """
+        try:
+            view = self._studio.status(job_id)
+            return self._file(view)
+        except RequestError as error:
+            raise Refused(error) from None
+
+    async def cancel_job(self, job_id: str) -> dict[str, Any]:
+        """Stop a job, waiting or running. One that has ended is returned as it is.
+
+        Args:
+            job_id: The job's id.
+        """
+        try:
+            return self._studio.view(await self._studio.cancel(job_id))
+        except RequestError as error:
+            raise Refused(error) from None
+
+    async def delete_job(self, job_id: str) -> dict[str, Any]:
+        """Put an ended job and its files into the trash, where it can be restored for a while.
+
+        Args:
+            job_id: The job's id.
+        """
+        try:
+            return self._studio.view(await self._studio.delete(job_id))
+        except RequestError as error:
+            raise Refused(error) from None
+
+    async def star_job(self, job_id: str, starred: bool = True) -> dict[str, Any]:
+        """Star a job, so that its video is never evicted; or take the star away.
+
+        Args:
+            job_id: The job's id.
+            starred: true or false.
+        """
+        try:
+            return self._studio.view(await self._studio.star(job_id, starred))
+        except RequestError as error:
+            raise Refused(error) from None
+
+    async def generate(
+        self,
+        prompt: str,
+        request: gr.Request,
+        negative_prompt: str | None = None,
+        seed: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        request_id: str | None = None,
+    ) -> AsyncIterator[FileData]:
+        """Ask for a video and wait for it. Streams the job as it advances, then the MP4. Parameters
+        as in submit_job; a caller that goes away can find the job in list_jobs.
+
+        Args:
+            prompt: What to show, 1 to 2000 characters.
+            negative_prompt: What to avoid.
+            seed: 0 to 4294967295; drawn and recorded when omitted.
+            num_inference_steps: 2 to 512; a preview's when omitted.
+            guidance_scale: 0 to 20; at most 1 means no guidance.
+            height: Pixels, a multiple of 16.
+            width: Pixels, a multiple of 16.
+            num_frames: 6k+1 frames.
+            request_id: Your own name for this request, so that it can be sent twice safely.
+        """
+        most = self._studio.settings.max_watchers
+        if self._watchers >= most:
+            raise Refused(f"{most} callers wait already: use submit_job and get_job_status")
+        self._watchers += 1
+        try:
+            job = await self.submit_job(
+                prompt,
+                request,
+                negative_prompt,
+                seed,
+                num_inference_steps,
+                guidance_scale,
+                height,
+                width,
+                num_frames,
+                request_id,
+            )
+            async for item in self._progress(job["id"]):
+                yield item
+        finally:
+            self._watchers -= 1
+
+    async def _progress(self, job_id: str) -> AsyncIterator[Any]:
+        progress = gr.Progress()
+        try:
+            async for view in self._studio.watch(job_id):
+                if JobStatus(view["status"]).terminal:
+                    break
+                progress((view["step"], view["steps"]), desc=describe(view), unit="steps")
+                yield view
+            else:
+                raise Refused(f"the server is stopping; job {job_id} goes on after its restart")
+            if view["status"] != JobStatus.COMPLETED:
+                raise Refused(f"job {job_id} is {view['status']}: {view['error'] or 'no video'}")
+            yield self._file(view)
+        except RequestError as error:
+            raise Refused(error) from None
+
+    def _file(self, view: dict[str, Any]) -> FileData:
+        """The MP4 as Gradio's clients expect a file. Raises RequestError when there is none."""
+        if view["status"] != JobStatus.COMPLETED:
+            raise RequestError(f"job_id: job {view['id']} is {view['status']}: it has no video")
+        path = self._studio.media.video_path(view["id"])
+        if path is None:
+            raise RequestError(f"job_id: the video of job {view['id']} was evicted by the quota")
+        return FileData(path=str(path), orig_name=path.name, mime_type="video/mp4")
+
+    async def engine_turn(self, request: gr.Request) -> str | None:
+        """One turn at a slot, for the app's own tickets."""
+        given = request.headers.get(SECRET_HEADER, "")
+        if not hmac.compare_digest(given.encode(), self._ticket_secret.encode()):
+            raise Refused("engine_turn is the app's own: use submit_job")
+        return await self._studio.engine_turn()
+
+
+def describe(view: dict[str, Any]) -> str:
+    """One line about a job that has not ended."""
+    if view["status"] == JobStatus.PROCESSING:
+        return f"{view['stage'] or 'starting'}, step {view['step']} of {view['steps']}"
+    place = f"place {view['position']} in the queue" if view["position"] else "waiting"
+    eta = view["eta_seconds"]
+    return place if eta is None else f"{place}, about {eta:.0f} s"

@@ -1,0 +1,171 @@
+"""Plain HTTP routes beside Gradio's: probes, metrics, live events, files.
+
+A file is found by its job's id alone; no path ever comes from a caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, FastAPI, HTTPException
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.responses import Response
+
+from mochi_app.jobs import JobStatus, NotFound, RequestError
+from mochi_app.studio import Studio
+
+EVENTS_INTERVAL = 0.2  # seconds; at most so often a page hears of changes
+KEEPALIVE_SECONDS = 15.0
+LIVE_JOBS = 200  # jobs in one event; the rest of a longer queue is asked for by page
+
+
+class EventFeed:
+    """The live state, serialised once per change for all tabs.
+
+    Each event is the whole snapshot: a page that missed one needs no repair.
+    """
+
+    def __init__(self, studio: Studio) -> None:
+        self._studio = studio
+        self._count = -1
+        self._payload = b""
+        self.open = 0
+
+    def _serialised(self) -> bytes:
+        if self._count != self._studio.changed.count:
+            self._count = self._studio.changed.count
+            snapshot = self._studio.snapshot()
+            jobs = list(snapshot["jobs"].values())[:LIVE_JOBS]
+            self._payload = b"data: " + orjson.dumps(snapshot | {"jobs": jobs}) + b"\n\n"
+        return self._payload
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Server-sent events until the client or the server goes."""
+        self.open += 1
+        try:
+            while not self._studio.stopping:
+                count = self._studio.changed.count
+                yield self._serialised()
+                await asyncio.sleep(EVENTS_INTERVAL)
+                try:
+                    await asyncio.wait_for(self._studio.changed.after(count), KEEPALIVE_SECONDS)
+                except TimeoutError:
+                    yield b": still here\n\n"
+        finally:
+            self.open -= 1
+
+
+class StudioCollector(Collector):
+    """Reads the studio's state at each scrape; keeps none of its own."""
+
+    def __init__(self, studio: Studio) -> None:
+        self._studio = studio
+
+    def collect(self) -> list[Metric]:
+        """The metrics of this moment."""
+        studio = self._studio
+        jobs = GaugeMetricFamily("mochi_jobs", "Jobs in the history.", labels=["status"])
+        for status in JobStatus:
+            jobs.add_metric([status.lower()], studio.history.count(status))
+        slots = GaugeMetricFamily(
+            "mochi_slot_up", "1 when the slot has its model loaded.", labels=["slot", "state"]
+        )
+        restarts = GaugeMetricFamily(
+            "mochi_slot_restarts", "Deaths of the slot's processes.", labels=["slot"]
+        )
+        for slot in studio.pool.slots:
+            state = slot.describe()
+            name = str(state["slot"])
+            slots.add_metric([name, state["state"]], float(state["state"] in ("ready", "busy")))
+            restarts.add_metric([name], slot.restarts)
+        return [
+            jobs,
+            slots,
+            restarts,
+            GaugeMetricFamily(
+                "mochi_videos_bytes", "Bytes of all videos.", value=studio.media.total_bytes()
+            ),
+            GaugeMetricFamily(
+                "mochi_quota_bytes", "Room for videos, in bytes.", value=studio.quota_bytes
+            ),
+            GaugeMetricFamily(
+                "mochi_disk_free_bytes", "Free on the data disk.", value=studio.media.free_bytes()
+            ),
+        ]
+
+
+def add_routes(app: FastAPI, studio: Studio) -> None:
+    """Put the routes onto the parent app; before Gradio is mounted at its root."""
+    router = APIRouter()
+    feed = EventFeed(studio)
+    registry = CollectorRegistry()
+    registry.register(StudioCollector(studio))
+
+    @router.get("/livez")
+    async def livez() -> PlainTextResponse:
+        """The process answers."""
+        return PlainTextResponse("ok\n")
+
+    @router.get("/healthz")
+    async def healthz() -> JSONResponse:
+        """200 when a video could be made now, else 503 with the reasons."""
+        health = studio.health()
+        return JSONResponse(health, status_code=200 if health["ok"] else 503)
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus text."""
+        text = await asyncio.to_thread(generate_latest, registry)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/events")
+    async def events() -> StreamingResponse:
+        """The live state as server-sent events."""
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        return StreamingResponse(feed.stream(), media_type="text/event-stream", headers=headers)
+
+    @router.api_route("/files/{job_id}", methods=["GET", "HEAD"])
+    async def video(job_id: str, download: bool = False) -> FileResponse:
+        """The job's MP4; answers Range."""
+        path = studio.media.video_path(found(studio, job_id)["id"])
+        return file_response(path, "video/mp4", download)
+
+    @router.api_route("/files/{job_id}/poster", methods=["GET", "HEAD"])
+    async def poster(job_id: str) -> FileResponse:
+        """The job's poster."""
+        path = studio.media.poster_path(found(studio, job_id)["id"])
+        return file_response(path, "image/webp", False)
+
+    app.include_router(router)
+
+
+def found(studio: Studio, job_id: str) -> dict[str, Any]:
+    """The COMPLETED job's view; HTTP 404 for anything else."""
+    try:
+        view = studio.status(job_id)
+    except NotFound as error:
+        raise HTTPException(404, str(error)) from None
+    except RequestError as error:
+        raise HTTPException(404, str(error)) from None
+    if view["status"] != JobStatus.COMPLETED:
+        raise HTTPException(404, f"job {job_id} is {view['status']}: it has no files")
+    return view
+
+
+def file_response(path: Any, media_type: str, download: bool) -> FileResponse:
+    """The file, to be asked for again each time: a deleted one must not live on in a cache."""
+    if path is None:
+        raise HTTPException(404, "the file is not here any more")
+    return FileResponse(
+        path,
+        media_type=media_type,
+        filename=path.name,
+        content_disposition_type="attachment" if download else "inline",
+        headers={"cache-control": "private, no-cache"},
+    )

@@ -1,0 +1,365 @@
+"""The page: Gradio's components for the form, `page.js` for what is live.
+
+The form posts to `submit`. Header, panel and history are `gr.HTML` parts that `page.js` fills: it
+follows `/events` and asks the functions of `Calls`. Every rule is the studio's; no handler here
+takes a place in Gradio's queue.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.themes.utils import colors
+
+from mochi_app import jobs
+from mochi_app.history import HistoryError
+from mochi_app.jobs import JobStatus, RequestError
+from mochi_app.studio import Studio
+
+HERE = Path(__file__).parent
+
+FILTERS: Mapping[str, Mapping[str, Any]] = {
+    "all": {},
+    "running": {"status": JobStatus.PROCESSING},
+    "waiting": {"status": JobStatus.PENDING},
+    "completed": {"status": JobStatus.COMPLETED},
+    "failed": {"status": JobStatus.FAILED},
+    "stopped": {"status": JobStatus.CANCELLED},
+    "starred": {"starred": True},
+    "previews": {"kind": "preview"},
+    "enhanced": {"kind": "enhance"},
+    "trash": {"deleted": True},
+}
+
+SYSTEM_FONT = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
+MONO_FONT = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+
+MATCHA = colors.Color(
+    name="matcha",
+    c50="#f2f8f3",
+    c100="#e0efe3",
+    c200="#c2dfc9",
+    c300="#98c8a5",
+    c400="#69aa7c",
+    c500="#468c5d",
+    c600="#33714a",
+    c700="#2a5b3d",
+    c800="#244933",
+    c900="#1e3c2b",
+    c950="#0f2118",
+)
+
+# Every handler of the page: no place in the queue, no entry in the API.
+UNQUEUED: Mapping[str, Any] = {
+    "queue": False,
+    "api_visibility": "private",
+    "show_progress": "hidden",
+}
+
+Call = Callable[[Any], Awaitable[Any]]
+
+
+def answering(call: Call) -> Call:
+    """`call` as `page.js` hears it: `{"ok": …}`, or `{"error": …}` when it is refused."""
+
+    @functools.wraps(call)
+    async def answer(argument: Any) -> dict[str, Any]:
+        try:
+            return {"ok": await call(argument)}
+        except (RequestError, HistoryError) as error:
+            return {"error": str(error)}
+
+    return answer
+
+
+class Calls:
+    """What `page.js` may ask. Each takes one JSON value, as Gradio's server functions do."""
+
+    def __init__(self, studio: Studio) -> None:
+        self._studio = studio
+
+    def all(self) -> list[Call]:
+        """Every call, ready for `gr.HTML(server_functions=…)`."""
+        calls: list[Call] = [
+            self.lineage,
+            self.list_jobs,
+            self.enhance_job,
+            self.retry_job,
+            self.cancel_job,
+            self.star_job,
+            self.delete_job,
+            self.restore_job,
+            self.empty_trash,
+        ]
+        return [answering(call) for call in calls]
+
+    async def lineage(self, job_id: Any) -> dict[str, Any]:
+        """The job with its preview or its newest enhance, whichever are there."""
+        job = self._studio.find(job_id)
+        preview = self._parent(job) if job.enhanced else job
+        enhance = job if job.enhanced else self._newest_enhance(job)
+        return {
+            "preview": self._studio.view(preview) if preview else None,
+            "enhance": self._studio.view(enhance) if enhance else None,
+        }
+
+    def _parent(self, job: jobs.Job) -> jobs.Job | None:
+        try:
+            return self._studio.find(job.parent_id)
+        except RequestError:
+            return None
+
+    def _newest_enhance(self, job: jobs.Job) -> jobs.Job | None:
+        children = self._studio.history.children(job.id)
+        there = [child for child in children if child.deleted_at is None]
+        return max(there, key=lambda child: child.id, default=None)
+
+    async def list_jobs(self, question: Any) -> dict[str, Any]:
+        """A page of the history: `filter`, `query`, `page`, `page_size`."""
+        if not isinstance(question, dict) or question.get("filter") not in FILTERS:
+            raise jobs.refuse("filter", question, "one of " + ", ".join(FILTERS))
+        return self._studio.list_jobs(
+            query=question.get("query"),
+            page=question.get("page"),
+            page_size=question.get("page_size"),
+            **FILTERS[question["filter"]],
+        )
+
+    async def enhance_job(self, job_id: Any) -> dict[str, Any]:
+        """The many-step version of a finished preview."""
+        return self._studio.view(await self._studio.enhance(job_id))
+
+    async def retry_job(self, job_id: Any) -> dict[str, Any]:
+        """A new job with the parameters of one that has failed or was stopped."""
+        job = self._studio.find(job_id)
+        asked = {name: getattr(job, name) for name in jobs.REQUEST_FIELDS}
+        return self._studio.view(await self._studio.submit(owner=job.owner, **asked))
+
+    async def cancel_job(self, job_id: Any) -> dict[str, Any]:
+        """Stop a job."""
+        return self._studio.view(await self._studio.cancel(job_id))
+
+    async def star_job(self, question: Any) -> dict[str, Any]:
+        """Star a job or not: `[job_id, starred]`."""
+        if not isinstance(question, list) or len(question) != 2:
+            raise jobs.refuse("star_job", question, "a job's id, and true or false")
+        return self._studio.view(await self._studio.star(*question))
+
+    async def delete_job(self, job_id: Any) -> dict[str, Any]:
+        """Put a job into the trash."""
+        return self._studio.view(await self._studio.delete(job_id))
+
+    async def restore_job(self, job_id: Any) -> dict[str, Any]:
+        """Take a job out of the trash."""
+        return self._studio.view(await self._studio.restore(job_id))
+
+    async def empty_trash(self, _: Any) -> int:
+        """Remove every deleted job for good; how many."""
+        return await self._studio.empty_trash()
+
+
+def submitter(studio: Studio) -> Callable[..., Awaitable[tuple[dict[str, Any], Any]]]:
+    """The handler behind Generate: the outcome for `page.js`, and the seed to show."""
+
+    async def submit(
+        prompt: Any,
+        negative_prompt: Any,
+        random_seed: bool,
+        seed: Any,
+        steps: Any,
+        guidance_scale: Any,
+        height: Any,
+        width: Any,
+        num_frames: Any,
+        request: gr.Request,
+    ) -> tuple[dict[str, Any], Any]:
+        try:
+            job = await studio.submit(
+                owner=request.username or "",
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                seed=None if random_seed else whole_number(seed),
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                height=height,
+                width=width,
+                num_frames=num_frames,
+            )
+        except (RequestError, HistoryError) as error:
+            return {"error": str(error)}, gr.skip()
+        return {"job": studio.view(job)}, str(job.seed)
+
+    return submit
+
+
+def whole_number(text: Any) -> Any:
+    """The number that was typed; anything else as it is, for the studio to refuse."""
+    digits = isinstance(text, str) and text.strip().isdecimal() and len(text) < 20
+    return int(text) if digits else text
+
+
+def live_part(name: str, **options: Any) -> gr.HTML:
+    """A place on the page that `page.js` fills. It may be there before the script or after."""
+    part = f"[{json.dumps(name)}, {{element, server, trigger, props}}]"
+    return gr.HTML(
+        html_template="",
+        js_on_load=f"const part = {part}; /* 'reuse' */"
+        " if (window.Mochi) Mochi.attach(...part);"
+        " else (window.mochiParts ??= []).push(part);",
+        apply_default_css=False,
+        elem_id=f"mochi-{name}",
+        elem_classes="m-part",
+        **options,
+    )
+
+
+def build(studio: Studio) -> None:
+    """Lay out the page; inside a `gr.Blocks` context."""
+    live_part("header")
+    if studio.defaults.notice:
+        gr.HTML(
+            studio.defaults.notice,
+            html_template="<p class='m-notice' role='note'>{{value}}</p>",
+            js_on_load=None,
+            apply_default_css=False,
+            elem_classes="m-part",
+        )
+    with gr.Row(elem_id="mochi-work"):
+        with gr.Column(scale=2, min_width=320, elem_id="mochi-ask"):
+            inputs = form(studio)
+            live_part("form")
+            generate = gr.Button("Generate", variant="primary", size="lg", elem_id="mochi-generate")
+        with gr.Column(scale=3, min_width=320):
+            panel = live_part(
+                "panel",
+                server_functions=Calls(studio).all(),
+                enhance_steps=studio.settings.enhance_steps,
+            )
+    live_part("gallery")
+    outcome = gr.JSON(visible=False)
+    seed = inputs[3]
+    generate.click(submitter(studio), inputs, [outcome, seed], **UNQUEUED).then(
+        None, [outcome], None, js="(outcome) => window.Mochi.submitted(outcome)", **UNQUEUED
+    )
+    panel.reuse(None, None, inputs, js="() => window.Mochi.reused()", **UNQUEUED)
+
+
+def form(studio: Studio) -> list[Any]:
+    """The form's components, in the order of `submitter` and of `values` in `page.js`."""
+    defaults = studio.defaults
+    prompt = gr.Textbox(
+        label="Prompt",
+        placeholder="Describe the video, then Generate or Ctrl+Enter",
+        lines=4,
+        max_lines=10,
+        autofocus=True,
+        elem_id="mochi-prompt-box",
+    )
+    examples(defaults.examples, prompt)
+    with gr.Row(elem_id="mochi-seed", equal_height=True):
+        seed = gr.Textbox(
+            label="Seed",
+            placeholder="drawn for you",
+            max_lines=1,
+            min_width=140,
+            html_attributes=gr.InputHTMLAttributes(autocomplete="off", spellcheck=False),
+        )
+        random_seed = gr.Checkbox(label="New seed each time", value=True, min_width=140)
+    with gr.Accordion("Settings", open=False, elem_id="mochi-settings"):
+        negative_prompt = gr.Textbox(
+            label="Negative prompt", placeholder="What to avoid", lines=2, max_lines=6
+        )
+        steps = gr.Slider(
+            jobs.MIN_STEPS,
+            jobs.MAX_STEPS,
+            value=studio.settings.preview_steps,
+            step=1,
+            label="Steps",
+        )
+        guidance_scale = gr.Slider(
+            0, jobs.MAX_GUIDANCE_SCALE, value=defaults.guidance_scale, step=0.1, label="Guidance"
+        )
+        with gr.Row():
+            width = side("Width", defaults.width, defaults.max_width)
+            height = side("Height", defaults.height, defaults.max_height)
+        num_frames = gr.Slider(
+            7,
+            defaults.max_num_frames,
+            value=defaults.num_frames,
+            step=6,
+            label="Frames",
+            info=f"{defaults.fps} a second",
+        )
+    return [
+        prompt,
+        negative_prompt,
+        random_seed,
+        seed,
+        steps,
+        guidance_scale,
+        height,
+        width,
+        num_frames,
+    ]
+
+
+def side(label: str, value: int, most: int) -> gr.Slider:
+    """A slider over the sizes that Mochi takes, in pixels."""
+    return gr.Slider(
+        jobs.MIN_SIDE, most, value=value, step=jobs.SIDE_MULTIPLE, label=label, min_width=120
+    )
+
+
+def examples(prompts: tuple[str, ...], prompt: gr.Textbox) -> None:
+    """Example prompts as chips; a click puts one into the prompt."""
+    with gr.Row(elem_id="mochi-examples"):
+        for example in prompts:
+            chip = gr.Button(example, size="sm", elem_classes="m-example", min_width=0)
+            chip.click(None, None, prompt, js=f"() => {json.dumps(example)}", **UNQUEUED)
+
+
+def page_options() -> dict[str, Any]:
+    """Keyword arguments for `gr.mount_gradio_app`: theme, styles, script, icon."""
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    return {
+        "theme": theme(),
+        "css_paths": [HERE / "page.css"],
+        "head": f"<script>{script}</script>",
+        "favicon_path": str(HERE / "favicon.png"),
+    }
+
+
+def theme() -> gr.themes.Base:
+    """Calm neutrals, one green, the reader's own fonts."""
+    return gr.themes.Base(
+        primary_hue=MATCHA,
+        secondary_hue=MATCHA,
+        neutral_hue=colors.stone,
+        radius_size="lg",
+        font=SYSTEM_FONT,
+        font_mono=MONO_FONT,
+    ).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        block_background_fill="white",
+        block_background_fill_dark="*neutral_900",
+        block_border_width="1px",
+        block_shadow="none",
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_400",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_400",
+        button_primary_background_fill_hover_dark="*primary_300",
+        button_primary_text_color="white",
+        button_primary_text_color_dark="*primary_950",
+    )

@@ -1,0 +1,5 @@
+"""A rank that starts and never says a word."""
+
+import time
+
+time.sleep(3600)

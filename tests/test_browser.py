@@ -1,0 +1,398 @@
+"""The page in a real browser against the real app: `pytest -m browser`.
+
+One server with the embedded model serves all tests; each test has a browser context of its own,
+which must make no request to anywhere else and leave no error on the console.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.error import URLError
+from urllib.parse import parse_qs, urlsplit
+from urllib.request import urlopen
+
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api")
+from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+CHROMIUM_ARGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+)
+PATIENCE = 30.0  # seconds; what has not come by then has failed
+PROJECT_DIR = Path(__file__).resolve().parent.parent
+
+PROMPT = "#mochi-prompt-box textarea"
+TILE = "#mochi-panel .m-tile"
+CARD = "#mochi-gallery .m-card"
+PROBLEM = "#mochi-form .m-problem"
+SEED = "#mochi-seed input[type=text]"
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="needs chromium"),
+]
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without settings of ours or of Gradio."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MOCHI_", "GRADIO_"))}
+    return kept | {"GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1"}
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Return once a video could be made."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"the app ended:\n{log.read_text()}"
+        try:
+            with urlopen(f"{url}healthz", timeout=5):
+                return
+        except (URLError, OSError):
+            time.sleep(0.05)
+    raise AssertionError(f"no slot became ready:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the real app, on a free port with an empty data folder."""
+    folder = tmp_path_factory.mktemp("browser")
+    url = f"http://127.0.0.1:{(port := free_port())}/"
+    own = {
+        "MOCHI_DATA_DIR": str(folder / "data"),
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_SERVER_NAME": "127.0.0.1",
+    }
+    log = folder / "app.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "app.py"],
+            cwd=PROJECT_DIR,
+            env=clean_environment() | own,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_until_healthy(process, url, log)
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=list(CHROMIUM_ARGS))
+        yield launched
+        launched.close()
+
+
+@dataclass
+class Watch:
+    """What the pages of a test did that they must not do."""
+
+    foreign: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    expected: tuple[str, ...] = ()  # parts of console errors that a test provokes
+
+    def follow(self, context: BrowserContext) -> None:
+        context.on("request", lambda request: self._see(request.url))
+        context.on("console", lambda message: self._hear(message.type, message.text))
+        context.on("weberror", lambda error: self.errors.append(str(error.error)))
+
+    def _see(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("data", "blob") and parts.hostname != "127.0.0.1":
+            self.foreign.append(url)
+
+    def _hear(self, kind: str, text: str) -> None:
+        if kind == "error" and not any(part in text for part in self.expected):
+            self.errors.append(text)
+
+
+@pytest.fixture
+def watch() -> Iterator[Watch]:
+    watching = Watch()
+    yield watching
+    assert watching.foreign == []
+    assert watching.errors == []
+
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture
+def open_page(server: str, browser: Browser, watch: Watch) -> Iterator[Open]:
+    """`open_page(address, **context options)`: the page in a fresh context, once it is there."""
+    contexts: list[BrowserContext] = []
+
+    def open_one(address: str = "", **options: object) -> Page:
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        context.set_default_timeout(PATIENCE * 1000)
+        watch.follow(context)
+        contexts.append(context)
+        page = context.new_page()
+        page.goto(address or server)
+        page.wait_for_selector("#mochi-gallery .m-gallery")
+        return page
+
+    yield open_one
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(autouse=True)
+def patience() -> None:
+    expect.set_options(timeout=PATIENCE * 1000)
+
+
+def generate(page: Page, prompt: str, **settings: int) -> str:
+    """Fill in the form and press the button; the new job's id, as the address shows it."""
+    page.fill(PROMPT, prompt)
+    if settings:
+        open_settings(page)
+    for label, value in settings.items():
+        page.get_by_label(f"number input for {label}", exact=True).fill(str(value))
+    before = page.url
+    page.click("#mochi-generate")
+    page.wait_for_url(lambda url: url != before)
+    return job_id(page.url)
+
+
+def open_settings(page: Page) -> None:
+    if not page.get_by_label("number input for Steps").is_visible():
+        page.click("#mochi-settings > button")
+
+
+def job_id(url: str) -> str:
+    return parse_qs(urlsplit(url).query)["job"][0]
+
+
+def tile(page: Page, name: str) -> sync_api.Locator:
+    """The tile whose heading starts with `name`."""
+    return page.locator(TILE, has=page.locator("h3", has_text=re.compile(f"^{name}")))
+
+
+def playing(page: Page, name: str) -> dict[str, float]:
+    """Wait until the tile's video has advanced; its measures."""
+    video = tile(page, name).locator("video").element_handle()
+    assert video is not None
+    page.wait_for_function("video => video.readyState >= 2 && video.currentTime > 0", arg=video)
+    began = video.evaluate("video => video.currentTime")
+    page.wait_for_function("([video, began]) => video.currentTime !== began", arg=[video, began])
+    measured: dict[str, float] = video.evaluate(
+        "v => ({duration: v.duration, width: v.videoWidth, height: v.videoHeight})"
+    )
+    return measured
+
+
+def test_from_prompt_to_comparison_and_back(server: str, open_page: Open) -> None:
+    page = open_page()
+    page.fill(PROMPT, "a red circle that only this test asks for")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(f"{TILE} .m-stage")).to_have_text(re.compile(r"step [1-8] of 8"))
+    preview_id = job_id(page.url)
+    expect(page.locator("#mochi-panel .m-prompt")).to_have_text(
+        "a red circle that only this test asks for"
+    )
+    video = playing(page, "Preview")
+    assert video["width"] == video["height"] == 96
+    assert 31 / 12 - 0.2 < video["duration"] < 31 / 12 + 0.2
+    seed = page.locator(SEED).input_value()
+    expect(tile(page, "Preview").locator(".m-facts")).to_contain_text(f"Seed{seed}")
+
+    page.locator("[data-action=enhance]").click()
+    enhanced = tile(page, "Enhanced · 64 steps")
+    expect(enhanced.locator(".m-stage")).to_have_text(re.compile(r"step \d+ of 64"))
+    expect(enhanced.locator(".m-live")).to_be_visible()
+    assert playing(page, "Enhanced")["width"] == 96
+    assert playing(page, "Preview")["width"] == 96
+    expect(enhanced.locator(".m-facts")).to_contain_text(f"Seed{seed}")
+    left, right = (tile(page, name).bounding_box() for name in ("Preview", "Enhanced"))
+    assert left is not None
+    assert right is not None
+    assert left["y"] == right["y"]
+    assert left["x"] + left["width"] < right["x"]
+    page.wait_for_function(
+        "() => { const [a, b] = document.querySelectorAll('#mochi-panel video');"
+        " return !a.paused && !b.paused && Math.abs(a.currentTime - b.currentTime) < 0.2 }"
+    )
+
+    page.reload()
+    assert job_id(page.url) == preview_id
+    assert playing(page, "Preview")["width"] == 96
+    assert playing(page, "Enhanced")["width"] == 96
+    expect(page.locator(f"{CARD} .m-chip-enhanced")).to_have_count(1)
+    page.fill("#mochi-search", "circle only")
+    expect(page.locator(CARD)).to_have_count(2)
+    page.fill("#mochi-search", "nobody asked for this")
+    expect(page.locator(CARD)).to_have_count(0)
+    expect(page.locator(".m-none")).to_have_text("No prompt has these words.")
+    page.fill("#mochi-search", "")
+    page.select_option("#mochi-filter", "enhanced")
+    expect(page.locator(CARD)).to_have_count(1)
+
+    other = open_page(f"{server}?job={preview_id}")
+    assert playing(other, "Preview")["width"] == 96
+    assert playing(other, "Enhanced")["width"] == 96
+
+
+def test_a_running_job_is_seen_from_elsewhere_and_stopped(server: str, open_page: Open) -> None:
+    page = open_page()
+    running = generate(page, "a job that takes long", Steps=512)
+    expect(page.locator(f"{TILE} .m-stage")).to_have_text(re.compile(r"step \d+ of 512"))
+    waiting = generate(page, "a job that waits behind it", Steps=512)
+    assert waiting != running
+    expect(page.locator(f"{TILE} .m-stage")).to_have_text("Place 1 in the queue")
+    expect(page.locator("#mochi-status")).to_contain_text("1 running · 1 waiting")
+
+    other = open_page(f"{server}?job={running}")
+    expect(other.locator(f"{TILE} .m-stage")).to_have_text(re.compile(r"step \d+ of 512"))
+    page.locator("[data-action=stop]").click()
+    expect(tile(page, "Preview").locator(".m-badge")).to_have_text("Stopped")
+    other.locator("[data-action=stop]").click()
+    expect(tile(other, "Preview").locator(".m-badge")).to_have_text("Stopped")
+    expect(other.locator("[data-action=retry]")).to_be_visible()
+    expect(other.locator("#mochi-status")).to_contain_text("0 running · 0 waiting")
+
+
+def test_star_delete_undo_trash_and_restore(open_page: Open) -> None:
+    page = open_page()
+    generate(page, "a blue square to throw away", Steps=2)
+    playing(page, "Preview")
+    page.locator("[data-action=star]").click()
+    expect(page.locator("[data-action=star]")).to_have_text("Unstar")
+    page.locator("[data-action=delete]").click()
+    expect(page.locator(".m-undo")).to_contain_text("Preview moved to the trash.")
+    expect(page.locator("[data-action=undo]")).to_be_focused()
+    mine = page.locator(CARD, has_text="a blue square to throw away")
+    expect(mine).to_have_count(0)
+    page.keyboard.press("Enter")
+    playing(page, "Preview")
+    expect(mine).to_have_count(1)
+
+    page.locator("[data-action=delete]").click()
+    expect(mine).to_have_count(0)
+    page.select_option("#mochi-filter", "trash")
+    expect(mine).to_have_count(1)
+    mine.get_by_role("button", name="Restore").click()
+    expect(mine).to_have_count(0)
+    page.select_option("#mochi-filter", "starred")
+    expect(mine).to_have_count(1)
+    mine.locator("a").click()
+    page.locator("[data-action=delete]").click()
+    page.select_option("#mochi-filter", "trash")
+    expect(mine).to_have_count(1)
+    page.locator("[data-action=empty-trash]").click()
+    page.get_by_role("button", name="Keep them").click()
+    expect(mine).to_have_count(1)
+    page.locator("[data-action=empty-trash]").click()
+    page.get_by_role("button", name="Delete for good").click()
+    expect(page.locator(".m-none")).to_have_text("The trash is empty.")
+
+
+def test_markup_and_marks_in_a_prompt_stay_text(open_page: Open) -> None:
+    prompt = '<img src=x onerror="window.harmed=1"> \u202eright to left\u202c <b>bold</b> שלום'
+    page = open_page()
+    generate(page, prompt, Steps=2)
+    playing(page, "Preview")
+    assert page.locator("#mochi-panel .m-prompt").text_content() == prompt
+    card = page.locator(CARD).first
+    expect(card.locator("a")).to_have_attribute("aria-current", "true")
+    assert card.locator(".m-card-prompt").text_content() == prompt
+    assert page.evaluate("window.harmed") is None
+    assert page.locator("#mochi-panel b, #mochi-gallery b").count() == 0
+
+
+def test_a_refusal_is_told_and_nothing_typed_is_lost(open_page: Open) -> None:
+    page = open_page()
+    page.click("#mochi-generate")
+    expect(page.locator(PROBLEM)).to_contain_text("prompt")
+    page.fill(PROMPT, long := "<i>w</i> " * 300)
+    page.click("#mochi-generate")
+    expect(page.locator(PROBLEM)).to_contain_text("2000 characters")
+    assert page.locator(f"{PROBLEM} i").count() == 0
+    assert page.locator(PROMPT).input_value() == long
+    page.fill(PROMPT, "short")
+    page.fill(SEED, "4294967296")
+    expect(page.get_by_label("New seed each time")).not_to_be_checked()
+    page.click("#mochi-generate")
+    expect(page.locator(PROBLEM)).to_contain_text("seed: got 4294967296")
+    assert page.locator(PROMPT).input_value() == "short"
+    assert page.locator(SEED).input_value() == "4294967296"
+    assert "job=" not in page.url
+
+
+def test_use_again_and_a_pinned_seed(open_page: Open) -> None:
+    page = open_page()
+    page.fill(PROMPT, "again and again")
+    page.fill(SEED, "4242")
+    generate(page, "again and again", Steps=3)
+    playing(page, "Preview")
+    page.reload()
+    playing(page, "Preview")
+    page.locator("[data-action=reuse]").click()
+    expect(page.locator(PROMPT)).to_have_value("again and again")
+    expect(page.locator(SEED)).to_have_value("4242")
+    first = page.url
+    page.click("#mochi-generate")
+    page.wait_for_url(lambda url: url != first)
+    facts = tile(page, "Preview · 3 steps").locator(".m-facts")
+    expect(facts).to_contain_text("Seed4242")
+
+
+@pytest.mark.parametrize("unknown", ["00000000000000-0000000000000000", "../x", "<b>"])
+def test_an_unknown_job_leaves_the_page_usable(server: str, open_page: Open, unknown: str) -> None:
+    page = open_page(f"{server}?job={unknown}")
+    expect(page.locator("#mochi-panel .m-problem")).to_contain_text("This video is not here")
+    page.locator(".m-example").first.click()
+    expect(page.locator(PROMPT)).not_to_have_value("")
+    expect(page.locator("#mochi-generate")).to_be_enabled()
+
+
+def test_a_lost_connection_is_told_and_mended(open_page: Open, watch: Watch) -> None:
+    watch.expected = ("ERR_FAILED", "net::")
+    page = open_page()
+    expect(page.locator("#mochi-status")).to_contain_text("Ready")
+    page.route("**/events", lambda route: route.abort())
+    page.evaluate("Mochi.reconnect()")
+    expect(page.locator("#mochi-status")).to_contain_text("Connection to the server lost")
+    page.unroute("**/events")
+    expect(page.locator("#mochi-status")).to_contain_text("Ready")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_narrow_pages_do_not_scroll_sideways(open_page: Open, scheme: str) -> None:
+    page = open_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    page.locator("#mochi-gallery .m-gallery").scroll_into_view_if_needed()
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")

@@ -1,0 +1,340 @@
+"""Requests, statuses, records and ids: what is accepted, what is refused and how it says so."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from mochi_app.jobs import (
+    JOB_FIELDS,
+    NEXT,
+    REQUEST_FIELDS,
+    SCHEMA,
+    Conflict,
+    GenerationRequest,
+    Job,
+    JobIds,
+    JobStatus,
+    NotFound,
+    RequestError,
+    parse_job_id,
+)
+from mochi_app.settings import ModelDefaults
+
+DEFAULTS = ModelDefaults(
+    height=480,
+    width=848,
+    num_frames=163,
+    fps=30,
+    guidance_scale=4.5,
+    max_height=480,
+    max_width=848,
+    max_num_frames=163,
+)
+
+
+def validate(**given: Any) -> GenerationRequest:
+    return GenerationRequest.validate(DEFAULTS, **({"prompt": "a red circle"} | given))
+
+
+def refusal(**given: Any) -> str:
+    with pytest.raises(RequestError) as caught:
+        validate(**given)
+    return str(caught.value)
+
+
+class TestGenerationRequest:
+    def test_what_is_left_out_takes_the_models_defaults(self) -> None:
+        request = validate(prompt="  a red circle\n", seed=5, preview_steps=6)
+        assert request == GenerationRequest(
+            prompt="a red circle",
+            negative_prompt="",
+            seed=5,
+            num_inference_steps=6,
+            guidance_scale=4.5,
+            height=480,
+            width=848,
+            num_frames=163,
+            fps=30,
+        )
+
+    def test_a_missing_seed_is_drawn_from_32_bits(self) -> None:
+        seeds = {validate().seed for _ in range(64)}
+        assert len(seeds) == 64
+        assert all(0 <= seed < 2**32 for seed in seeds)
+        assert max(seeds) > 2**16
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("prompt", "x" * 2000),
+            ("prompt", " " + "x" * 2000 + " "),
+            ("prompt", "<b>&amp; \x1b[31m \u202e 火 👩‍👩‍👧"),
+            ("negative_prompt", ""),
+            ("negative_prompt", "x" * 2000),
+            ("seed", 0),
+            ("seed", 2**32 - 1),
+            ("seed", 7.0),
+            ("num_inference_steps", 2),
+            ("num_inference_steps", 512),
+            ("num_inference_steps", 8.0),
+            ("guidance_scale", 0),
+            ("guidance_scale", 20),
+            ("height", 64),
+            ("height", 480),
+            ("width", 848),
+            ("num_frames", 7),
+            ("num_frames", 163),
+            ("request_id", "x" * 200),
+        ],
+    )
+    def test_the_edges_are_accepted(self, field: str, value: Any) -> None:
+        expected = value.strip() if isinstance(value, str) else value
+        result = getattr(validate(**{field: value}), field)
+        assert result == expected
+        assert not isinstance(result, float) or field == "guidance_scale"
+
+    @pytest.mark.parametrize("field", ["prompt", "negative_prompt", "request_id"])
+    @pytest.mark.parametrize(
+        ("value", "expected"),
+        [
+            ("x" * 2001, "2001 characters"),
+            ("a\0b", "without NUL"),
+            ("a\ud800b", "lone surrogates"),
+            ("\udfff", "lone surrogates"),
+            (5, "got 5"),
+            (b"bytes", "got b'bytes'"),
+            (["a"], r"got ['a']"),
+            ({"a": 1}, "got {'a': 1}"),
+        ],
+    )
+    def test_bad_texts(self, field: str, value: Any, expected: str) -> None:
+        message = refusal(**{field: value})
+        assert message.startswith(f"{field}: got ")
+        assert expected in message
+        assert "expected a text of" in message
+
+    @pytest.mark.parametrize("field", ["prompt", "request_id"])
+    @pytest.mark.parametrize("value", ["", " ", "\n\t\u00a0\u3000"])
+    def test_blank_texts(self, field: str, value: str) -> None:
+        assert "expected a text of 1 to" in refusal(**{field: value})
+
+    def test_a_missing_prompt(self) -> None:
+        assert refusal(prompt=None) == "prompt: got None, expected a text of 1 to 2000 characters"
+
+    @pytest.mark.parametrize(
+        "field", ["seed", "num_inference_steps", "guidance_scale", "height", "width", "num_frames"]
+    )
+    @pytest.mark.parametrize(
+        "value",
+        [
+            -1,
+            10**9 * 10,
+            10**400,
+            -(10**400),
+            1e300,
+            math.nan,
+            math.inf,
+            -math.inf,
+            True,
+            "8",
+            "",
+            [8],
+            {},
+            b"8",
+            8j,
+        ],
+    )
+    def test_bad_numbers(self, field: str, value: Any) -> None:
+        message = refusal(**{field: value})
+        assert message.startswith(f"{field}: got ")
+        assert "number from" in message
+        assert len(message) < 250
+
+    @pytest.mark.parametrize(
+        ("field", "value", "expected"),
+        [
+            ("seed", 2**32, "from 0 to 4294967295"),
+            ("seed", 1.5, "from 0 to 4294967295"),
+            ("num_inference_steps", 0, "from 2 to 512"),
+            ("num_inference_steps", 1, "from 2 to 512"),
+            ("num_inference_steps", 513, "from 2 to 512"),
+            ("num_inference_steps", 10**9, "from 2 to 512"),
+            ("num_inference_steps", 8.5, "from 2 to 512"),
+            ("guidance_scale", 20.1, "from 0 to 20"),
+            ("height", 48, "from 64 to 480, a multiple of 16"),
+            ("height", 72, "from 64 to 480, a multiple of 16"),
+            ("height", 496, "from 64 to 480, a multiple of 16"),
+            ("width", 856, "from 64 to 848, a multiple of 16"),
+            ("width", 864, "from 64 to 848, a multiple of 16"),
+            ("width", 64.5, "from 64 to 848, a multiple of 16"),
+            ("num_frames", 1, "from 7 to 163 of the form 6k+1"),
+            ("num_frames", 8, "from 7 to 163 of the form 6k+1"),
+            ("num_frames", 162, "from 7 to 163 of the form 6k+1"),
+            ("num_frames", 169, "from 7 to 163 of the form 6k+1"),
+        ],
+    )
+    def test_numbers_out_of_range(self, field: str, value: Any, expected: str) -> None:
+        message = refusal(**{field: value})
+        assert message == f"{field}: got {value!r}, expected a whole number {expected}".replace(
+            "whole number" if field == "guidance_scale" else "\0", "number"
+        )
+
+    @pytest.mark.parametrize("value", ["x" * 10**6, "\x1b[31m" * 10**5, ["x" * 10**6], 10**4000])
+    def test_a_refusal_is_short_and_printable(self, value: Any) -> None:
+        message = refusal(prompt=value)
+        assert len(message) < 250
+        assert "\x1b" not in message
+
+
+class TestStatus:
+    @pytest.mark.parametrize("before", list(JobStatus))
+    @pytest.mark.parametrize("after", list(JobStatus))
+    def test_moves(self, before: JobStatus, after: JobStatus) -> None:
+        job = replace(some_job(), status=before)
+        if after in NEXT[before]:
+            assert job.moved(after, error="e") == replace(job, status=after, error="e")
+        else:
+            with pytest.raises(Conflict, match=f"is {before}: it cannot become {after}"):
+                job.moved(after)
+
+    def test_terminal_states_are_left_by_no_move(self) -> None:
+        assert {status for status in JobStatus if not NEXT[status]} == {
+            status for status in JobStatus if status.terminal
+        }
+        assert all(status not in NEXT[status] for status in JobStatus)
+
+    def test_a_running_job_may_go_back_to_the_queue(self) -> None:
+        assert JobStatus.PENDING in NEXT[JobStatus.PROCESSING]
+
+    def test_a_cancel_may_not_undo_a_completion(self) -> None:
+        job = replace(some_job(), status=JobStatus.PROCESSING).moved(JobStatus.COMPLETED)
+        with pytest.raises(Conflict):
+            job.moved(JobStatus.CANCELLED)
+
+    def test_errors_are_refusals(self) -> None:
+        assert issubclass(Conflict, RequestError)
+        assert issubclass(NotFound, RequestError)
+
+
+def some_job(**extra: Any) -> Job:
+    return Job.from_request(
+        validate(seed=9, request_id="r"), id=JobIds().draw(), kind="preview", **extra
+    )
+
+
+class TestRecords:
+    def test_from_request(self) -> None:
+        request = validate(seed=9, request_id="r")
+        job = Job.from_request(request, id="i", kind="enhance", parent_id="p", owner="o")
+        assert {item.name: getattr(job, item.name) for item in fields(request)} == {
+            item.name: getattr(request, item.name) for item in fields(request)
+        }
+        assert (job.id, job.parent_id, job.owner, job.status) == ("i", "p", "o", JobStatus.CREATED)
+        assert job.enhanced
+        assert not some_job().enhanced
+        assert job.cost == 8 * 480 * 848 * 163
+
+    def test_round_trip_through_json(self) -> None:
+        job = some_job(
+            options={"cache": "first-block", "list": [1, None]},
+            seconds={"load": 0.0, "denoise": 1.25},
+            status=JobStatus.PROCESSING,
+            note="über 火",
+            slot=0,
+        )
+        record = json.loads(json.dumps(job.to_record()))
+        assert Job.from_record(record) == job
+        assert set(record) == set(JOB_FIELDS)
+        assert type(Job.from_record(record).status) is JobStatus
+
+    def test_a_record_has_every_field_from_the_start(self) -> None:
+        promised = """
+            schema id request_id batch_id kind parent_id prompt negative_prompt seed
+            num_inference_steps guidance_scale height width num_frames fps schedule lora options
+            owner status submitted_at started_processing_at completed_processing_at attempts error
+            starred note safety deleted_at evicted_at model slot seconds video poster
+        """
+        assert set(promised.split()) <= set(JOB_FIELDS)
+
+    def test_an_earlier_record_takes_the_defaults(self) -> None:
+        job = some_job()
+        record = job.to_record()
+        for name in ("schema", "note", "safety", "options", "seconds", "evicted_at"):
+            del record[name]
+        assert Job.from_record(record) == job
+
+    def test_a_field_of_another_branch_is_passed_over(self) -> None:
+        assert Job.from_record(some_job().to_record() | {"colour": "red"}).id
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"schema": SCHEMA + 1}, f"schema {SCHEMA + 1}: this version reads up to {SCHEMA}"),
+            ({"status": "DONE"}, "DONE"),
+            ({"status": None}, "None"),
+        ],
+    )
+    def test_records_that_cannot_be_read(self, change: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            Job.from_record(some_job().to_record() | change)
+
+    @pytest.mark.parametrize("name", ["id", "prompt", "seed", "status"])
+    def test_a_record_without_a_necessary_field(self, name: str) -> None:
+        record = some_job().to_record()
+        del record[name]
+        with pytest.raises(ValueError, match=name):
+            Job.from_record(record)
+
+    def test_what_makes_two_requests_the_same(self) -> None:
+        assert set(REQUEST_FIELDS) == {
+            "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale",
+            "height", "width", "num_frames",
+        }  # fmt: skip
+
+
+class TestJobIds:
+    def test_ids_grow_whatever_the_clock_does(self) -> None:
+        times = iter([5.0, 5.0, 3.0, 6.0, 0.0])
+        ids = JobIds(clock=lambda: next(times))
+        drawn = [ids.draw() for _ in range(5)]
+        assert drawn == sorted(set(drawn))
+        assert all(parse_job_id(value) == value for value in drawn)
+
+    def test_ids_begin_after_the_last_one(self) -> None:
+        last = JobIds(clock=lambda: 4e9).draw()
+        assert JobIds(last, clock=lambda: 1.0).draw() > last
+
+    def test_the_tail_cannot_be_guessed(self) -> None:
+        tails = {JobIds(clock=lambda: 1.0).draw()[15:] for _ in range(100)}
+        assert len(tails) == 100
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            "",
+            "../",
+            "../../etc/passwd",
+            "https://example.org/a.mp4",
+            "%2e%2e%2f",
+            "0" * 10**6,
+            "0" * 14 + "-" + "0" * 15,
+            "0" * 14 + "-" + "0" * 17,
+            "0" * 14 + "-" + "A" * 16,
+            "0" * 14 + "-" + "0" * 16 + "\n",
+            " " + "0" * 14 + "-" + "0" * 16,
+            "٠" * 14 + "-" + "٠" * 16,
+            None,
+            5,
+            b"0" * 14 + b"-" + b"0" * 16,
+            ["0"],
+        ],
+    )
+    def test_malformed_ids_are_refused(self, value: Any) -> None:
+        with pytest.raises(RequestError, match=r"job_id: got .*, expected the id that") as caught:
+            parse_job_id(value)
+        assert len(str(caught.value)) < 250

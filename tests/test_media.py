@@ -1,0 +1,279 @@
+"""Media files: their order of steps, their bounds, and metadata read back out of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mochi_app import media
+from mochi_app.engine import encode
+from mochi_app.jobs import JobIds, RequestError
+from mochi_app.media import FOLDERS, MediaError, MediaStore, Swept, read_metadata
+
+ROOT = Path(__file__).resolve().parent.parent
+IDS = JobIds()
+FRAMES = np.zeros((7, 64, 64, 3), np.uint8)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> MediaStore:
+    return MediaStore(tmp_path / "data")
+
+
+def produce(store: MediaStore, job_id: str, slot: int = 0, size: int = 1000) -> tuple[str, str]:
+    """What an engine leaves in its scratch folder."""
+    scratch = store.scratch(slot)
+    (scratch / f"{job_id}.mp4").write_bytes(b"v" * size)
+    (scratch / f"{job_id}.webp").write_bytes(b"p" * 10)
+    return f"{job_id}.mp4", f"{job_id}.webp"
+
+
+def finished(store: MediaStore, size: int = 1000) -> str:
+    """A job whose files are in place."""
+    job_id = IDS.draw()
+    store.finalise(job_id, 0, *produce(store, job_id, size=size))
+    return job_id
+
+
+def test_a_new_data_folder_has_all_its_folders(store: MediaStore) -> None:
+    assert {path.name for path in store.data_dir.iterdir()} == set(FOLDERS)
+    assert store.job_ids() == []
+    assert store.total_bytes() == 0
+    assert store.free_bytes() > 0
+
+
+def test_scratch_is_empty_each_time(store: MediaStore) -> None:
+    scratch = store.scratch(3)
+    assert scratch == store.data_dir / "scratch" / "3"
+    (scratch / "folder").mkdir()
+    (scratch / "folder" / "left").write_text("over")
+    assert list(store.scratch(3).iterdir()) == []
+
+
+def test_files_are_put_in_place(store: MediaStore) -> None:
+    job_id = IDS.draw()
+    names = store.finalise(job_id, 2, *produce(store, job_id, slot=2, size=1234))
+    assert names == (f"{job_id}.mp4", f"{job_id}.webp")
+    assert store.video_path(job_id) == store.videos / names[0]
+    assert store.poster_path(job_id) == store.posters / names[1]
+    assert store.size(job_id) == store.total_bytes() == 1234
+    assert store.job_ids() == [job_id]
+    assert list((store.data_dir / "scratch" / "2").iterdir()) == []
+
+
+def test_the_steps_come_in_the_durable_order(
+    store: MediaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contents, then the poster's name, then the video's: each on the disk before the next."""
+    job_id = IDS.draw()
+    names = produce(store, job_id)
+    steps: list[tuple[str, str]] = []
+    replace, fsync = os.replace, media.fsync
+
+    def record_replace(source: Path, target: Path) -> None:
+        steps.append(("replace", target.suffix))
+        replace(source, target)
+
+    def record_fsync(path: Path) -> None:
+        steps.append(("fsync", path.suffix or path.name))
+        fsync(path)
+
+    monkeypatch.setattr(os, "replace", record_replace)
+    monkeypatch.setattr(media, "fsync", record_fsync)
+    store.finalise(job_id, 0, *names)
+    assert steps == [
+        ("fsync", ".webp"),
+        ("fsync", ".mp4"),
+        ("replace", ".webp"),
+        ("fsync", "posters"),
+        ("replace", ".mp4"),
+        ("fsync", "videos"),
+    ]
+
+
+def test_a_second_attempt_replaces_the_first(store: MediaStore) -> None:
+    job_id = finished(store, size=10)
+    store.finalise(job_id, 0, *produce(store, job_id, size=30))
+    assert store.total_bytes() == 30
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x.mp4", "a/b.mp4", "/etc/passwd", "missing.mp4", "x\0.mp4", "link"]
+)
+def test_only_a_bare_name_of_a_file_in_scratch_is_taken(store: MediaStore, name: str) -> None:
+    job_id = IDS.draw()
+    video, poster = produce(store, job_id)
+    (store.data_dir / "scratch" / "x.mp4").write_bytes(b"outside")
+    (store.data_dir / "scratch" / "0" / "link").symlink_to("/etc/passwd")
+    for names in ((name, poster), (video, name)):
+        with pytest.raises(MediaError):
+            store.finalise(job_id, 0, *names)
+    assert store.video_path(job_id) is None
+    assert store.poster_path(job_id) is None
+
+
+@pytest.mark.parametrize("job_id", ["", "..", "../../etc/passwd", "http://x/y", "a" * 10**6, None])
+def test_no_path_is_made_of_a_malformed_job_id(store: MediaStore, job_id: Any) -> None:
+    for call in (store.video_path, store.poster_path, store.remove):
+        with pytest.raises(RequestError, match="job_id"):
+            call(job_id)
+    with pytest.raises(RequestError, match="job_id"):
+        store.finalise(job_id, 0, "v.mp4", "p.webp")
+
+
+def test_removing_is_for_good_and_may_be_repeated(store: MediaStore) -> None:
+    kept, gone = finished(store), finished(store)
+    (store.withheld / f"{gone}.mp4").write_bytes(b"withheld")
+    for _ in range(2):
+        store.remove(gone)
+    assert store.video_path(gone) is None
+    assert store.poster_path(gone) is None
+    assert store.size(gone) == 0
+    assert store.job_ids() == [kept]
+    assert not list(store.data_dir.rglob(f"{gone}*"))
+
+
+def test_videos_are_counted_at_start(store: MediaStore) -> None:
+    jobs = [finished(store, size) for size in (1, 20, 300)]
+    (store.videos / "notes.txt").write_bytes(b"x" * 5000)
+    (store.videos / "tmp-x.mp4").write_bytes(b"x" * 5000)
+    again = MediaStore(store.data_dir)
+    assert again.total_bytes() == 321
+    assert again.job_ids() == jobs
+    assert [again.size(job_id) for job_id in jobs] == [1, 20, 300]
+
+
+def test_a_sweep_removes_what_is_half_done_and_nothing_else(store: MediaStore) -> None:
+    job_id, withheld = finished(store), finished(store)
+    produce(store, IDS.draw(), slot=1)
+    (store.scratch(2) / "deep").mkdir()
+    (store.data_dir / "scratch" / "2" / "deep" / "tmp-x.mp4").write_bytes(b"x")
+    (store.data_dir / "scratch" / "stray").write_bytes(b"x")
+    (store.videos / "tmp-y.mp4").write_bytes(b"x")
+    store.withhold(withheld)
+    (store.videos / "README.txt").write_text("somebody's own")
+    assert store.sweep() == Swept(scratch=4, temporary=1)
+    assert store.sweep() == Swept(scratch=0, temporary=0)
+    assert store.video_path(job_id) is not None
+    assert store.poster_path(job_id) is not None
+    assert store.poster_path(withheld) is not None
+    assert (store.videos / "README.txt").exists()
+
+
+def test_a_withheld_video_is_not_served_and_comes_back_whole(store: MediaStore) -> None:
+    job_id = finished(store, 20)
+    store.withhold(job_id)
+    store.withhold(job_id)
+    assert store.video_path(job_id) is None
+    assert store.job_ids() == []
+    assert store.total_bytes() == MediaStore(store.data_dir).total_bytes() == 20
+    store.unwithhold(job_id)
+    path = store.video_path(job_id)
+    assert path is not None
+    assert path.stat().st_size == 20
+    store.withhold(job_id)
+    store.remove(job_id)
+    assert not list(store.withheld.iterdir())
+    assert store.total_bytes() == 0
+
+
+def test_an_evicted_video_leaves_its_poster(store: MediaStore) -> None:
+    job_id = finished(store)
+    store.remove_video(job_id)
+    assert store.video_path(job_id) is None
+    assert store.poster_path(job_id) is not None
+    assert store.total_bytes() == 0
+
+
+def test_the_web_process_needs_no_torch() -> None:
+    code = "import sys, mochi_app.media; sys.exit(bool({'torch', 'diffusers'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
+
+
+def test_metadata_survives_as_written(tmp_path: Path) -> None:
+    metadata = {
+        "quotes": "\"double\" 'single' `back`",
+        "lines": "one\ntwo\r\nthree\ttab\u2028separator",
+        "special": "a=b;c#d\\e\\n=;#\\ [x]\n[CHAPTER]\nTITLE=y",
+        "emoji": "🎥👩‍🚀 家 ñ",
+        "right to left": "\u202eabc\u202c \u200f שלום",
+        "html": "<script>alert('x')</script> &amp; <b>",
+        "ansi": "\x1b[31mred\x1b[0m \x07 \x7f \x9b",
+        "end": "backslash\\",
+        "number": 4294967295,
+        "nested": {"seconds": [0.5, None, True]},
+        "": "",
+    }
+    encode.write_video(FRAMES, tmp_path / "x.mp4", fps=12, prompt="=;#\\", metadata=metadata)
+    assert read_metadata(tmp_path / "x.mp4") == metadata
+
+
+@pytest.mark.parametrize(
+    "name", ["-y.mp4", "a b;c#d=e.mp4", "concat:x.mp4", "%03d.mp4", "🎥 'x'.mp4"]
+)
+def test_a_files_name_is_only_a_name(tmp_path: Path, name: str) -> None:
+    encode.write_video(FRAMES, tmp_path / "x.mp4", fps=12, prompt="", metadata={"seed": 5})
+    (tmp_path / "x.mp4").rename(tmp_path / name)
+    assert read_metadata(tmp_path / name) == {"seed": 5}
+
+
+def ffmpeg(*arguments: str) -> None:
+    program = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", *arguments]
+    subprocess.run(program, timeout=60, check=True)
+
+
+def test_what_is_no_video_of_ours_is_said(tmp_path: Path) -> None:
+    good = tmp_path / "good.mp4"
+    encode.write_video(FRAMES, good, fps=12, prompt="p", metadata={"seed": 5})
+    (tmp_path / "torn.mp4").write_bytes(good.read_bytes()[:40])
+    (tmp_path / "cut.mp4").write_bytes(good.read_bytes()[:300])
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile good.mp4\n")
+    copy = ["-i", str(good), "-c", "copy", "-map_metadata", "-1"]
+    ffmpeg(*copy, str(tmp_path / "bare.mp4"))
+    ffmpeg(*copy, "-metadata", "comment=holiday", str(tmp_path / "other.mp4"))
+    ffmpeg(*copy, "-metadata", "comment=[1, 2]", str(tmp_path / "array.mp4"))
+    for name, reason in {
+        "missing": "no such file",
+        "torn": "not a whole MP4",
+        "cut": "not a whole MP4",
+        "empty": "not a whole MP4",
+        "text": "not a whole MP4",
+        "list": "not a whole MP4",
+        "bare": "carries no metadata",
+        "other": "not metadata of this app",
+        "array": "not metadata of this app",
+    }.items():
+        with pytest.raises(MediaError, match=f"^'{name}.mp4': .*{reason}"):
+            read_metadata(tmp_path / f"{name}.mp4")
+
+
+def test_a_reader_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeper = tmp_path / "sleeper"
+    sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(sleeper))
+    monkeypatch.setattr(media, "READ_TIMEOUT_SECONDS", 0.2)
+    with pytest.raises(MediaError, match=r"not read within 0\.2 s"):
+        read_metadata(sleeper)
+
+
+@given(st.dictionaries(st.text(min_size=1), st.text()))
+def test_escaped_tags_are_read_as_they_were(tags: dict[str, str]) -> None:
+    def escaped(text: str) -> str:
+        return "".join(f"\\{char}" if char in "=;#\\\n" else char for char in text)
+
+    tags = {key: value for key, value in tags.items() if key[0] not in ";#["}
+    lines = [f"{escaped(key)}={escaped(value)}\n" for key, value in tags.items()]
+    text = ";FFMETADATA1\n# a comment=no\n" + "".join(lines) + "[CHAPTER]\ntitle=chapter\n"
+    assert media.parse_ffmetadata(text) == tags

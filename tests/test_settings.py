@@ -1,0 +1,244 @@
+"""Settings: each bad value stops the start by name, and defaults are looked up in order."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mochi_app.settings import (
+    PACKAGED_DEFAULTS,
+    Settings,
+    SettingsError,
+    SlotSpec,
+    load_model_defaults,
+    load_settings,
+    parse_slots,
+)
+
+GOOD_DEFAULTS = {
+    "height": 128,
+    "width": 192,
+    "num_frames": 25,
+    "fps": 12,
+    "guidance_scale": 3.0,
+    "max_height": 256,
+    "max_width": 320,
+    "max_num_frames": 49,
+}
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.upper().startswith("MOCHI_"):
+            monkeypatch.delenv(name)
+
+
+def test_defaults() -> None:
+    settings = load_settings()
+    assert (settings.preview_steps, settings.enhance_steps, settings.quota_gib) == (8, 64, 200)
+    assert settings.slots == (SlotSpec(("cpu",)),)
+    assert settings.model.endswith("assets/tiny-mochi")
+
+
+def test_the_environment_is_read_and_arguments_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOCHI_PREVIEW_STEPS", "16")
+    monkeypatch.setenv("MOCHI_DATA_DIR", "/srv/mochi")
+    monkeypatch.setenv("MOCHI_HEIGHT", "128")
+    assert load_settings().preview_steps == 16
+    assert load_settings().data_dir == Path("/srv/mochi")
+    assert load_settings().height == 128
+    assert load_settings(preview_steps=4).preview_steps == 4
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_settings().preview_steps = 9
+
+
+def test_every_setting_is_described() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+BAD = [
+    ("MODEL", "", "at least 1 character"),
+    ("PREVIEW_STEPS", "1", "greater than or equal to 2"),
+    ("PREVIEW_STEPS", "eight", "valid integer"),
+    ("ENHANCE_STEPS", "513", "less than or equal to 512"),
+    ("ENHANCE_STEPS", "8.5", "valid integer"),
+    ("HEIGHT", "100", "multiple of 16"),
+    ("HEIGHT", "48", "greater than or equal to 64"),
+    ("WIDTH", "tall", "valid integer"),
+    ("NUM_FRAMES", "6", "greater than or equal to 7"),
+    ("FPS", "0", "greater than or equal to 1"),
+    ("FPS", "121", "less than or equal to 120"),
+    ("GUIDANCE_SCALE", "nan", "finite number"),
+    ("GUIDANCE_SCALE", "-1", "greater than or equal to 0"),
+    ("MAX_PENDING", "0", "greater than or equal to 1"),
+    ("MAX_WATCHERS", "449", "less than or equal to 448"),
+    ("QUOTA_GIB", "0", "greater than 0"),
+    ("QUOTA_GIB", "inf", "finite number"),
+    ("TRASH_HOURS", "-1", "greater than or equal to 0"),
+    ("DTYPE", "float16", "auto|float32|bfloat16"),
+    ("THREADS", "-1", "greater than or equal to 0"),
+    ("START_TIMEOUT", "0", "greater than 0"),
+    ("LOAD_TIMEOUT", "soon", "valid number"),
+    ("STEP_TIMEOUT", "inf", "finite number"),
+    ("HEARTBEAT_TIMEOUT", "nan", "finite number"),
+    ("CANCEL_TIMEOUT", "-5", "greater than 0"),
+    ("RESTART_BACKOFF", "0", "greater than 0"),
+    ("RESTART_BACKOFF_MAX", "x", "valid number"),
+    ("BROKEN_AFTER", "0", "greater than or equal to 1"),
+    ("DRAIN_SECONDS", "9", "less than or equal to 8"),
+    ("SLOTS", "", "slots separated by ';'"),
+    ("SLOTS", "gpu", "slots separated by ';'"),
+    ("SLOTS", "0;;1", "slots separated by ';'"),
+    ("SLOTS", "0,", "slots separated by ';'"),
+    ("SLOTS", "0,cpu", "slots separated by ';'"),
+    ("SLOTS", "cpu,cpu", "slots separated by ';'"),
+    ("SLOTS", "cpu*0", "slots separated by ';'"),
+    ("SLOTS", "cpu*", "slots separated by ';'"),
+    ("SLOTS", "cpu*two", "slots separated by ';'"),
+    ("SLOTS", "cpu*²", "slots separated by ';'"),
+    ("SLOTS", "0*2", "slots separated by ';'"),
+    ("SLOTS", "-1", "slots separated by ';'"),
+    ("SLOTS", "0;0", "every GPU in one place only"),
+    ("SLOTS", "0,1;1,2", "every GPU in one place only"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), BAD)
+def test_a_bad_value_names_variable_value_and_expectation(
+    name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"MOCHI_{name}", value)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    message = str(caught.value)
+    assert message.startswith(f"MOCHI_{name}={value!r}: ")
+    assert expected in message
+    assert message.count("MOCHI_") == 1
+
+
+def test_all_bad_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOCHI_FPS", "0")
+    monkeypatch.setenv("MOCHI_SLOTS", "gpu")
+    with pytest.raises(SettingsError, match=r"MOCHI_SLOTS='gpu': .*; MOCHI_FPS='0': "):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "slots", "shown"),
+    [
+        ("cpu", [("cpu",)], "cpu"),
+        ("cpu;cpu", [("cpu",), ("cpu",)], "cpu;cpu"),
+        ("cpu*2", [("cpu", "cpu")], "cpu*2"),
+        ("0", [("0",)], "0"),
+        ("0;1", [("0",), ("1",)], "0;1"),
+        (" 0, 1 ; 2,3 ", [("0", "1"), ("2", "3")], "0,1;2,3"),
+        ("0,1,2,3;4,5,6,7", [tuple("0123"), tuple("4567")], "0,1,2,3;4,5,6,7"),
+        ("0;cpu*2", [("0",), ("cpu", "cpu")], "0;cpu*2"),
+    ],
+)
+def test_slots(text: str, slots: list[tuple[str, ...]], shown: str) -> None:
+    parsed = parse_slots(text)
+    assert [slot.devices for slot in parsed] == slots
+    assert [slot.world_size for slot in parsed] == [len(devices) for devices in slots]
+    assert ";".join(map(str, parsed)) == shown
+
+
+def test_slots_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOCHI_SLOTS", "0;1")
+    assert [slot.devices for slot in load_settings().slots] == [("0",), ("1",)]
+
+
+def test_slots_of_several_ranks_are_refused_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOCHI_SLOTS", "0;1,2")
+    with pytest.raises(SettingsError, match="MOCHI_SLOTS='0;1,2': slot '1,2' has 2 ranks"):
+        load_settings()
+
+
+class TestModelDefaults:
+    @pytest.fixture
+    def model(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("MOCHI_MODEL", str(tmp_path))
+        return tmp_path
+
+    @staticmethod
+    def describe(model: Path, **changes: Any) -> None:
+        text = json.dumps(GOOD_DEFAULTS | changes)
+        (model / "mochi_defaults.json").write_text(text, encoding="utf-8")
+
+    def test_the_packaged_ones_are_those_of_genmo(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MOCHI_MODEL", "genmo/mochi-1-preview")
+        settings = load_settings()
+        assert settings.model_dir is None
+        found = load_model_defaults(settings)
+        assert (found.height, found.width, found.num_frames, found.fps) == (480, 848, 163, 30)
+        assert found.guidance_scale == 4.5
+        assert found.notice is None
+
+    def test_a_folder_without_a_file_takes_the_packaged_ones(self, model: Path) -> None:
+        assert load_settings().model_dir == model.resolve()
+        assert load_model_defaults(load_settings()).height == 480
+
+    def test_the_folders_file_comes_before_the_packaged_one(self, model: Path) -> None:
+        self.describe(model, notice="tiny", examples=["a", "b"])
+        found = load_model_defaults(load_settings())
+        assert (found.height, found.max_height, found.fps) == (128, 256, 12)
+        assert (found.notice, found.examples) == ("tiny", ("a", "b"))
+
+    def test_the_environment_comes_first(
+        self, model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.describe(model)
+        for name, value in {"HEIGHT": "64", "NUM_FRAMES": "7", "GUIDANCE_SCALE": "0"}.items():
+            monkeypatch.setenv(f"MOCHI_{name}", value)
+        found = load_model_defaults(load_settings())
+        assert (found.height, found.num_frames, found.guidance_scale) == (64, 7, 0)
+        assert (found.width, found.fps) == (192, 12)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "expected"),
+        [
+            ("HEIGHT", "272", "at most 256"),
+            ("WIDTH", "336", "at most 320"),
+            ("NUM_FRAMES", "55", "6k+1, at most 49"),
+            ("NUM_FRAMES", "24", "6k+1, at most 49"),
+        ],
+    )
+    def test_a_default_beyond_the_model(
+        self, model: Path, name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.describe(model)
+        monkeypatch.setenv(f"MOCHI_{name}", value)
+        with pytest.raises(SettingsError) as caught:
+            load_model_defaults(load_settings())
+        assert str(caught.value) == f"MOCHI_{name}={value}: expected {expected}"
+
+    @pytest.mark.parametrize(
+        ("content", "expected"),
+        [
+            ("", "Expecting value"),
+            ("{", "Expecting property name"),
+            ("[]", "mochi_defaults.json"),
+            ("{}", "height"),
+            (json.dumps(GOOD_DEFAULTS | {"height": 100}), "multiple of 16"),
+            (json.dumps(GOOD_DEFAULTS | {"guidance_scale": float("nan")}), "finite number"),
+            (b"\xff\xfe", "decode"),
+        ],
+    )
+    def test_a_bad_file_is_named(self, model: Path, content: Any, expected: str) -> None:
+        path = model / "mochi_defaults.json"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(SettingsError) as caught:
+            load_model_defaults(load_settings())
+        assert str(caught.value).startswith(f"model defaults in {path.resolve()}: ")
+        assert expected in str(caught.value)
+
+    def test_the_packaged_file_is_whole(self) -> None:
+        assert PACKAGED_DEFAULTS.is_file()

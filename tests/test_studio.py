@@ -1,0 +1,429 @@
+"""The studio over a real history and real processes; only the model is faked."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from mochi_app.jobs import Conflict, Job, JobStatus, NotFound, RequestError
+from mochi_app.studio import Studio
+from tests.conftest import close_studio, eventually
+
+MakeStudio = Callable[..., Awaitable[Studio]]
+ACTIVE = (JobStatus.PENDING, JobStatus.PROCESSING)
+
+
+async def ended(studio: Studio, job: Job) -> Job:
+    """The job once it has come to its end."""
+
+    def look() -> Job | None:
+        found = studio.history.get(job.id)
+        return found if found and found.status.terminal else None
+
+    result = await eventually(look, f"end of {job.id}")
+    assert isinstance(result, Job)
+    return result
+
+
+async def running(studio: Studio, job: Job, step: int = 1) -> None:
+    await eventually(lambda: studio.status(job.id)["step"] >= step, f"step {step} of {job.id}")
+
+
+async def test_a_submit_becomes_a_video_with_poster_and_seed(make_studio: MakeStudio) -> None:
+    studio = await make_studio()
+    job = await studio.submit(prompt="  a prompt ")
+    assert job.status is JobStatus.PENDING
+    assert job.prompt == "a prompt"
+    job = await ended(studio, job)
+    assert job.status is JobStatus.COMPLETED, job.error
+    assert 0 <= job.seed < 2**32
+    video, poster = studio.media.video_path(job.id), studio.media.poster_path(job.id)
+    assert video is not None
+    assert poster is not None
+    assert (job.video, job.poster) == (video.name, poster.name)
+    assert {"denoise", "decode", "encode"} <= set(job.seconds)
+    assert len(job.hashes["frames"]) == 64
+
+
+async def test_drawn_seeds_differ(make_studio: MakeStudio) -> None:
+    studio = await make_studio(turns=False)
+    jobs = [await studio.submit(prompt="p") for _ in range(8)]
+    assert len({job.seed for job in jobs}) == 8
+
+
+async def test_the_same_request_gives_the_same_frames(make_studio: MakeStudio) -> None:
+    studio = await make_studio()
+    one, two = [await ended(studio, await studio.submit(prompt="p", seed=7)) for _ in range(2)]
+    assert one.id != two.id
+    assert one.hashes == two.hashes
+
+
+async def test_enhance_keeps_everything_but_the_steps(make_studio: MakeStudio) -> None:
+    studio = await make_studio(enhance_steps=16)
+    preview = await ended(
+        studio,
+        await studio.submit(
+            prompt="p", negative_prompt="n", seed=3, guidance_scale=2.5, height=80, num_frames=13
+        ),
+    )
+    enhanced = await ended(studio, await studio.enhance(preview.id))
+    assert enhanced.kind == "enhance"
+    assert enhanced.enhanced
+    assert enhanced.parent_id == preview.id
+    assert enhanced.num_inference_steps == 16
+    for name in ("prompt", "negative_prompt", "seed", "guidance_scale", "height", "num_frames"):
+        assert getattr(enhanced, name) == getattr(preview, name)
+
+
+async def test_enhance_twice_is_one_job_until_it_failed(make_studio: MakeStudio) -> None:
+    studio = await make_studio(enhance_steps=16)
+    preview = await ended(studio, await studio.submit(prompt="p"))
+    first = await studio.enhance(preview.id)
+    assert (await studio.enhance(preview.id)).id == first.id
+    await studio.cancel(first.id)
+    if (await ended(studio, first)).status is JobStatus.CANCELLED:
+        assert (await studio.enhance(preview.id)).id != first.id
+
+
+async def test_what_cannot_be_enhanced_is_refused(make_studio: MakeStudio) -> None:
+    studio = await make_studio()
+    failed = await ended(studio, await studio.submit(prompt="fail"))
+    preview = await ended(studio, await studio.submit(prompt="p"))
+    enhanced = await studio.enhance(preview.id)
+    unfinished = await studio.submit(prompt="slow", num_inference_steps=100)
+    with pytest.raises(Conflict, match="is FAILED"):
+        await studio.enhance(failed.id)
+    with pytest.raises(Conflict, match="only a preview"):
+        await studio.enhance(enhanced.id)
+    with pytest.raises(Conflict, match="expected a COMPLETED preview"):
+        await studio.enhance(unfinished.id)
+    with pytest.raises(NotFound):
+        await studio.enhance("0" * 14 + "-" + "0" * 16)
+
+
+@pytest.mark.parametrize(
+    "job_id", ["", "../../etc/passwd", "http://127.0.0.1/x", "a" * 1_000_000, None, 5, ["x"]]
+)
+async def test_a_malformed_id_is_refused_everywhere(make_studio: MakeStudio, job_id: str) -> None:
+    studio = await make_studio(turns=False)
+    for call in (studio.enhance, studio.cancel, studio.delete, studio.restore, studio.star):
+        with pytest.raises(RequestError, match="job_id: got"):
+            await call(job_id)
+    with pytest.raises(RequestError) as refusal:
+        studio.status(job_id)
+    assert len(str(refusal.value)) < 200
+
+
+async def test_request_id_makes_a_submit_repeatable(make_studio: MakeStudio) -> None:
+    studio = await make_studio(turns=False)
+    first = await studio.submit(prompt="p", request_id="mine")
+    again = await studio.submit(prompt="p", request_id="mine")
+    assert again.id == first.id
+    assert again.seed == first.seed
+    with pytest.raises(Conflict, match="prompt"):
+        await studio.submit(prompt="another", request_id="mine")
+    assert len(studio.history) == 1
+
+
+async def test_ten_jobs_run_two_at_a_time_in_order_in_the_same_processes(
+    make_studio: MakeStudio,
+) -> None:
+    studio = await make_studio(slots="cpu;cpu")
+    await eventually(lambda: studio.pool.ready_or_busy == 2)
+    pids = [slot.slot.pids for slot in studio.pool.slots]
+    jobs = [await studio.submit(prompt="slow", num_inference_steps=4) for _ in range(10)]
+    most = 0
+    while studio.history.count(JobStatus.COMPLETED) < 10:
+        most = max(most, sum(slot.slot.state == "busy" for slot in studio.pool.slots))
+        assert most <= 2
+        await asyncio.sleep(0.01)
+    assert most == 2
+    assert [slot.slot.pids for slot in studio.pool.slots] == pids
+    done = [await ended(studio, job) for job in jobs]
+    starts = [job.started_processing_at for job in done]
+    assert starts == sorted(starts)
+    assert {job.slot for job in done} == {0, 1}
+
+
+async def test_a_killed_process_costs_its_job_one_more_attempt(
+    make_studio: MakeStudio, tmp_path: Path
+) -> None:
+    studio = await make_studio(slots="cpu;cpu")
+    await eventually(lambda: studio.pool.ready_or_busy == 2)
+    neighbour_pid = studio.pool.slots[1].slot.pids
+    job = await studio.submit(prompt=f"kill once {tmp_path / 'flag'}")
+    neighbour = await studio.submit(prompt="slow", num_inference_steps=40)
+    job, neighbour = await ended(studio, job), await ended(studio, neighbour)
+    assert job.status is JobStatus.COMPLETED
+    assert job.attempts == 2
+    assert neighbour.attempts == 1
+    assert studio.pool.slots[1].slot.pids == neighbour_pid
+
+
+async def test_a_job_that_kills_its_process_twice_fails_and_the_next_one_runs(
+    make_studio: MakeStudio,
+) -> None:
+    studio = await make_studio()
+    bad = await studio.submit(prompt="kill")
+    good = await studio.submit(prompt="p")
+    bad, good = await ended(studio, bad), await ended(studio, good)
+    assert bad.status is JobStatus.FAILED
+    assert bad.error is not None
+    assert "died 2 times" in bad.error
+    assert "SIGKILL" in bad.error
+    assert good.status is JobStatus.COMPLETED
+
+
+async def test_cancel_of_a_waiting_job(make_studio: MakeStudio) -> None:
+    studio = await make_studio()
+    first = await studio.submit(prompt="slow", num_inference_steps=60)
+    waiting = await studio.submit(prompt="p")
+    await running(studio, first)
+    assert (await studio.cancel(waiting.id)).status is JobStatus.CANCELLED
+    assert (await ended(studio, first)).status is JobStatus.COMPLETED
+    assert studio.media.video_path(waiting.id) is None
+
+
+async def test_cancel_of_a_running_job_frees_the_slot(make_studio: MakeStudio) -> None:
+    studio = await make_studio()
+    job = await studio.submit(prompt="slow", num_inference_steps=500)
+    await running(studio, job)
+    pids = studio.pool.slots[0].slot.pids
+    await studio.cancel(job.id)
+    assert (await ended(studio, job)).status is JobStatus.CANCELLED
+    after = await ended(studio, await studio.submit(prompt="p"))
+    assert after.status is JobStatus.COMPLETED
+    assert studio.pool.slots[0].slot.pids == pids
+
+
+async def test_cancel_of_an_ended_job_changes_nothing(make_studio: MakeStudio) -> None:
+    studio = await make_studio()
+    job = await ended(studio, await studio.submit(prompt="p"))
+    assert await studio.cancel(job.id) == job
+
+
+async def test_cancels_at_any_moment_leave_one_end_and_a_working_slot(
+    make_studio: MakeStudio,
+) -> None:
+    studio = await make_studio(slots="cpu;cpu")
+    jobs = [await studio.submit(prompt="p", num_inference_steps=20) for _ in range(24)]
+
+    async def cancel_after(seconds: float, job: Job) -> None:
+        await asyncio.sleep(seconds)
+        await studio.cancel(job.id)
+
+    await asyncio.gather(*(cancel_after(index * 0.05, job) for index, job in enumerate(jobs)))
+    ends = [await ended(studio, job) for job in jobs]
+    for job in ends:
+        there = studio.media.video_path(job.id) is not None
+        assert there == (job.status is JobStatus.COMPLETED), job.status
+    last = await ended(studio, await studio.submit(prompt="p"))
+    assert last.status is JobStatus.COMPLETED
+    assert studio.tickets_needed == 0
+
+
+async def test_a_turn_that_is_cancelled_does_not_touch_the_run(make_studio: MakeStudio) -> None:
+    studio = await make_studio(turns=False)
+    job = await studio.submit(prompt="slow", num_inference_steps=10)
+    turn = asyncio.create_task(studio.engine_turn())
+    await running(studio, job)
+    turn.cancel()
+    assert (await ended(studio, job)).status is JobStatus.COMPLETED
+
+
+async def test_a_turn_without_work_ends_at_once(make_studio: MakeStudio) -> None:
+    studio = await make_studio(turns=False)
+    assert await asyncio.wait_for(studio.engine_turn(), 1) is None
+
+
+async def test_tickets_needed_follow_the_work_up_to_one_more_than_the_slots(
+    make_studio: MakeStudio,
+) -> None:
+    studio = await make_studio(turns=False, slots="cpu;cpu")
+    needed = [studio.tickets_needed]
+    for _ in range(5):
+        await studio.submit(prompt="p")
+        needed.append(studio.tickets_needed)
+    assert needed == [0, 1, 2, 3, 3, 3]
+
+
+async def test_the_backlog_is_bounded(make_studio: MakeStudio) -> None:
+    studio = await make_studio(turns=False, max_pending=2)
+    await studio.submit(prompt="one", request_id="1")
+    await studio.submit(prompt="two")
+    with pytest.raises(RequestError, match="2 jobs are waiting"):
+        await studio.submit(prompt="three")
+    assert (await studio.submit(prompt="one", request_id="1")).prompt == "one"
+
+
+async def test_a_restart_keeps_order_and_runs_interrupted_jobs_again(
+    make_studio: MakeStudio,
+) -> None:
+    studio = await make_studio()
+    jobs = [await studio.submit(prompt="slow", num_inference_steps=60) for _ in range(3)]
+    await running(studio, jobs[0])
+    await close_studio(studio)
+    again = await make_studio()
+    done = [await ended(again, job) for job in jobs]
+    assert [job.status for job in done] == [JobStatus.COMPLETED] * 3
+    assert [job.attempts for job in done] == [1, 1, 1]
+    starts = [job.started_processing_at for job in done]
+    assert starts == sorted(starts)
+
+
+async def crash_after_rename(studio: Studio, job: Job) -> None:
+    """What a crash between the rename of a video and its record leaves behind."""
+    await studio.history.update(job.id, lambda job: job.moved(JobStatus.PROCESSING, attempts=1))
+    (studio.media.videos / f"{job.id}.mp4").write_bytes(b"a whole video")
+    (studio.media.posters / f"{job.id}.webp").write_bytes(b"its poster")
+    await close_studio(studio)
+
+
+async def test_a_finished_file_whose_record_is_missing_is_adopted(make_studio: MakeStudio) -> None:
+    studio = await make_studio(turns=False)
+    job = await studio.submit(prompt="p")
+    await crash_after_rename(studio, job)
+    again = await make_studio(turns=False)
+    adopted = again.history.get(job.id)
+    assert adopted is not None
+    assert adopted.status is JobStatus.COMPLETED
+    assert (adopted.video, adopted.poster) == (f"{job.id}.mp4", f"{job.id}.webp")
+
+
+async def test_the_file_of_a_cancelled_job_is_removed_at_start(make_studio: MakeStudio) -> None:
+    studio = await make_studio(turns=False)
+    job = await studio.submit(prompt="p")
+    await studio.cancel(job.id)
+    (studio.media.videos / f"{job.id}.mp4").write_bytes(b"too late")
+    await close_studio(studio)
+    again = await make_studio(turns=False)
+    assert again.media.video_path(job.id) is None
+    assert again.status(job.id)["status"] == "CANCELLED"
+
+
+async def test_trash_hides_restores_and_empties(make_studio: MakeStudio) -> None:
+    studio = await make_studio()
+    job = await ended(studio, await studio.submit(prompt="p"))
+    await studio.delete(job.id)
+    assert studio.list_jobs()["total"] == 0
+    assert studio.list_jobs(deleted=True)["total"] == 1
+    assert studio.media.video_path(job.id) is None
+    with pytest.raises(NotFound):
+        studio.status(job.id)
+    await studio.restore(job.id)
+    assert studio.media.video_path(job.id) is not None
+    assert studio.list_jobs()["total"] == 1
+    await studio.delete(job.id)
+    assert await studio.empty_trash(older_than_hours=1) == 0
+    assert await studio.empty_trash() == 1
+    assert studio.history.get(job.id) is None
+    with pytest.raises(NotFound, match="trash"):
+        await studio.restore(job.id)
+    left = [path for path in studio.media.data_dir.rglob(f"{job.id}*") if path.is_file()]
+    assert left == []
+
+
+async def test_a_running_job_is_not_deleted(make_studio: MakeStudio) -> None:
+    studio = await make_studio()
+    job = await studio.submit(prompt="slow", num_inference_steps=100)
+    with pytest.raises(Conflict, match="cancel it before"):
+        await studio.delete(job.id)
+
+
+async def test_the_quota_evicts_the_oldest_unstarred_video_and_keeps_its_record(
+    make_studio: MakeStudio,
+) -> None:
+    studio = await make_studio()
+    jobs = [await ended(studio, await studio.submit(prompt="p", seed=i)) for i in range(3)]
+    await studio.star(jobs[0].id)
+    two = studio.media.size(jobs[0].id) + studio.media.size(jobs[2].id) + 1
+    studio.settings = studio.settings.model_copy(update={"quota_gib": two / 2**30})
+    await studio._enforce_quota()
+    there = [studio.media.video_path(job.id) is not None for job in jobs]
+    assert there == [True, False, True]
+    evicted = studio.status(jobs[1].id)
+    assert evicted["status"] == "COMPLETED"
+    assert evicted["evicted_at"] is not None
+    assert evicted["video_url"] is None
+    assert evicted["prompt"] == "p"
+
+
+async def test_a_quota_full_of_stars_refuses_new_jobs(make_studio: MakeStudio) -> None:
+    studio = await make_studio()
+    job = await ended(studio, await studio.submit(prompt="p"))
+    await studio.star(job.id)
+    studio.settings = studio.settings.model_copy(update={"quota_gib": 1e-9})
+    with pytest.raises(RequestError, match="starred"):
+        await studio.submit(prompt="p")
+    await studio.star(job.id, False)
+    assert (await studio.submit(prompt="p")).status in ACTIVE
+
+
+async def test_position_and_eta_are_told_once_measured(make_studio: MakeStudio) -> None:
+    studio = await make_studio()
+    await ended(studio, await studio.submit(prompt="slow", num_inference_steps=4))
+    first = await studio.submit(prompt="slow", num_inference_steps=80)
+    rest = [await studio.submit(prompt="slow", num_inference_steps=4) for _ in range(3)]
+    await running(studio, first)
+    views = [studio.status(job.id) for job in rest]
+    assert [view["position"] for view in views] == [1, 2, 3]
+    etas = [view["eta_seconds"] for view in views]
+    assert None not in etas
+    assert etas == sorted(etas)
+    assert studio.status(first.id)["eta_seconds"] > 0
+
+
+async def test_watch_streams_to_the_end(make_studio: MakeStudio) -> None:
+    studio = await make_studio()
+    job = await studio.submit(prompt="slow", num_inference_steps=20)
+    views = [view async for view in studio.watch(job.id, interval=0.02)]
+    steps = [view["step"] for view in views]
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 5
+    assert views[-1]["status"] == "COMPLETED"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("status", "DONE"),
+        ("page", -1),
+        ("page", 0),
+        ("page", 1.5),
+        ("page_size", 101),
+        ("query", "x" * 5000),
+        ("query", 5),
+    ],
+)
+async def test_a_bad_list_is_refused(make_studio: MakeStudio, field: str, value: object) -> None:
+    studio = await make_studio(turns=False)
+    with pytest.raises(RequestError, match=f"{field}: got"):
+        studio.list_jobs(**{field: value})
+
+
+async def test_health_tells_why_no_video_can_be_made(make_studio: MakeStudio) -> None:
+    studio = await make_studio("fails", broken_after=1)
+    assert studio.health()["ok"] is False
+    await eventually(lambda: studio.health()["slots"][0]["state"] == "broken")
+    assert "weights are truncated" in studio.health()["slots"][0]["detail"]
+
+
+async def test_a_stop_requeues_what_runs(make_studio: MakeStudio) -> None:
+    studio = await make_studio()
+    job = await studio.submit(prompt="slow", num_inference_steps=500)
+    await running(studio, job)
+    pid = studio.pool.slots[0].slot.pids[0]
+    await studio.stop()
+    found = studio.history.get(job.id)
+    assert found is not None
+    assert found.status is JobStatus.PENDING
+    assert found.attempts == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, signal.SIG_DFL)
+    with pytest.raises(RequestError, match="stopping"):
+        await studio.submit(prompt="p")
