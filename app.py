@@ -31,7 +31,7 @@ from mochi_app.studio import Studio
 from mochi_app.tickets import Tickets
 from mochi_app.web import ui
 from mochi_app.web.api import Api
-from mochi_app.web.routes import add_routes
+from mochi_app.web.routes import add_routes, explain_bad_calls
 
 log = logging.getLogger("mochi_app")
 
@@ -77,6 +77,7 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
         footer_links=["api", "settings"],
         **ui.page_options(),
     )
+    explain_bad_calls(app)
     return app
 
 

@@ -2,7 +2,8 @@
 
 Order: a job is due at its submit time plus `PATIENCE` times its own estimated run time; the
 earliest due goes first. Among equals that is first come, first served. A short job overtakes a long
-one, but only for a while: what comes later is due later, so nothing starves.
+one, but only for a while: what comes later is due later, so nothing starves. A job that was
+interrupted had its turn already and goes before all that have not.
 """
 
 from __future__ import annotations
@@ -66,9 +67,10 @@ class Speeds:
 Estimate = Callable[[Job], float | None]
 
 
-def due(job: Job, estimate: Estimate) -> tuple[float, str]:
-    """Sort key of a waiting job: the moment it is due, then its id."""
-    return (job.submitted_at + PATIENCE * (estimate(job) or 0.0), job.id)
+def due(job: Job, estimate: Estimate) -> tuple[bool, float, str]:
+    """Sort key of a waiting job: interrupted ones first, then the moment it is due, then its id."""
+    fresh = job.started_processing_at is None
+    return (fresh, job.submitted_at + PATIENCE * (estimate(job) or 0.0), job.id)
 
 
 def next_job(pending: Iterable[Job], estimate: Estimate) -> Job | None:

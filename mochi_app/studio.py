@@ -117,13 +117,7 @@ class Studio:
         """Adopt finished files, requeue interrupted jobs, remove what a cancel left behind."""
         for job in self.history.with_status(JobStatus.CREATED):
             await self.history.update(job.id, lambda job: job.moved(JobStatus.PENDING))
-        for job in self.history.with_status(JobStatus.PROCESSING):
-            if self.media.video_path(job.id) is not None:
-                log.info("job %s: adopted its finished video", job.id)
-                await self.history.update(job.id, self._adopted)
-            else:
-                log.info("job %s: interrupted, queued again", job.id)
-                await self.history.update(job.id, interrupted)
+        await self._mend_ownerless()
         for job_id in self.media.job_ids():
             found = self.history.get(job_id)
             if found is None:
@@ -132,6 +126,20 @@ class Studio:
                 await asyncio.to_thread(self.media.remove, job_id)
             elif found.deleted_at is not None:
                 await asyncio.to_thread(self.media.withhold, job_id)
+
+    async def _mend_ownerless(self) -> None:
+        """Adopt or requeue jobs that are PROCESSING on paper only: their server died, or the
+        record of their end could not be written."""
+        for job in self.history.with_status(JobStatus.PROCESSING):
+            if job.id in self._claimed:
+                continue
+            if self.media.video_path(job.id) is not None:
+                log.info("job %s: adopted its finished video", job.id)
+                await self.history.update(job.id, self._adopted)
+            else:
+                log.info("job %s: interrupted, queued again", job.id)
+                await self.history.update(job.id, interrupted)
+            self.changed.beat()
 
     def _adopted(self, job: Job) -> Job:
         video, poster = self.media.video_path(job.id), self.media.poster_path(job.id)
@@ -151,6 +159,7 @@ class Studio:
     async def _keep_house(self) -> None:
         while True:
             try:
+                await self._mend_ownerless()
                 await self.empty_trash(older_than_hours=self.settings.trash_hours)
                 await self._enforce_quota()
                 self._forget_ended()
@@ -703,6 +712,5 @@ def interrupted(job: Job) -> Job:
     return job.moved(
         JobStatus.PENDING,
         attempts=max(0, job.attempts - 1),
-        started_processing_at=None,
         slot=None,
     )

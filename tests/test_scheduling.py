@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mochi_app.jobs import Job
@@ -57,6 +59,11 @@ def test_a_long_job_is_not_passed_for_ever() -> None:
     assert order([job("long", at=0, steps=64), job("short", at=late)]) == ["long", "short"]
 
 
+def test_an_interrupted_job_goes_first() -> None:
+    interrupted = replace(job("long", at=5, steps=64), started_processing_at=6.0)
+    assert order([job("old", at=1), job("short", at=10), interrupted]) == ["long", "old", "short"]
+
+
 def test_without_measurements_the_oldest_is_next() -> None:
     jobs = [job("b", at=2, steps=2), job("a", at=1, steps=64)]
     chosen = next_job(jobs, unknown)
@@ -84,8 +91,6 @@ def test_no_eta_is_claimed_before_anything_was_measured() -> None:
 
 
 def measured(steps: int, guidance_scale: float, seconds: dict[str, float]) -> Job:
-    from dataclasses import replace
-
     return replace(job("m", steps=steps, guidance_scale=guidance_scale), seconds=seconds)
 
 

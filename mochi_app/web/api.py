@@ -6,13 +6,15 @@ are checked by the studio, so the annotations describe and do not enforce.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import gradio as gr
 from gradio import FileData
 
+from mochi_app.history import HistoryError
 from mochi_app.jobs import JobStatus, RequestError
 from mochi_app.studio import Studio
 from mochi_app.tickets import ENDPOINT, SECRET_HEADER
@@ -23,6 +25,15 @@ class Refused(gr.Error):
 
     def __init__(self, error: Exception | str) -> None:
         super().__init__(str(error), print_exception=False)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Hand what the studio refuses, and a store that cannot be written, to the caller."""
+    try:
+        yield
+    except (RequestError, HistoryError) as error:
+        raise Refused(error) from None
 
 
 def owner_of(request: gr.Request) -> str:
@@ -87,7 +98,7 @@ class Api:
             num_frames: 6k+1 frames.
             request_id: Your own name for this request, so that it can be sent twice safely.
         """
-        try:
+        with refusals():
             job = await self._studio.submit(
                 owner=owner_of(request),
                 prompt=prompt,
@@ -100,8 +111,6 @@ class Api:
                 num_frames=num_frames,
                 request_id=request_id,
             )
-        except RequestError as error:
-            raise Refused(error) from None
         return self._studio.view(job)
 
     async def enhance_job(self, job_id: str, request: gr.Request) -> dict[str, Any]:
@@ -110,10 +119,8 @@ class Api:
         Args:
             job_id: The preview's id.
         """
-        try:
+        with refusals():
             job = await self._studio.enhance(job_id, owner=owner_of(request))
-        except RequestError as error:
-            raise Refused(error) from None
         return self._studio.view(job)
 
     async def get_job_status(self, job_id: str) -> dict[str, Any]:
@@ -122,10 +129,8 @@ class Api:
         Args:
             job_id: The id that submit_job returned.
         """
-        try:
+        with refusals():
             return self._studio.status(job_id)
-        except RequestError as error:
-            raise Refused(error) from None
 
     async def list_jobs(
         self,
@@ -142,12 +147,10 @@ class Api:
             page: From 1.
             page_size: 1 to 100.
         """
-        try:
+        with refusals():
             return self._studio.list_jobs(
                 status=status, query=query, page=page, page_size=page_size
             )
-        except RequestError as error:
-            raise Refused(error) from None
 
     async def get_output_file(self, job_id: str) -> FileData:
         """The finished MP4; prompt, seed and all parameters are in its metadata.
@@ -155,11 +158,8 @@ class Api:
         Args:
             job_id: The id of a COMPLETED job.
         """
-        try:
-            view = self._studio.status(job_id)
-            return self._file(view)
-        except RequestError as error:
-            raise Refused(error) from None
+        with refusals():
+            return self._file(self._studio.status(job_id))
 
     async def cancel_job(self, job_id: str) -> dict[str, Any]:
         """Stop a job, waiting or running. One that has ended is returned as it is.
@@ -167,10 +167,8 @@ class Api:
         Args:
             job_id: The job's id.
         """
-        try:
+        with refusals():
             return self._studio.view(await self._studio.cancel(job_id))
-        except RequestError as error:
-            raise Refused(error) from None
 
     async def delete_job(self, job_id: str) -> dict[str, Any]:
         """Put an ended job and its files into the trash, where it can be restored for a while.
@@ -178,10 +176,8 @@ class Api:
         Args:
             job_id: The job's id.
         """
-        try:
+        with refusals():
             return self._studio.view(await self._studio.delete(job_id))
-        except RequestError as error:
-            raise Refused(error) from None
 
     async def star_job(self, job_id: str, starred: bool = True) -> dict[str, Any]:
         """Star a job, so that its video is never evicted; or take the star away.
@@ -190,10 +186,8 @@ class Api:
             job_id: The job's id.
             starred: true or false.
         """
-        try:
+        with refusals():
             return self._studio.view(await self._studio.star(job_id, starred))
-        except RequestError as error:
-            raise Refused(error) from None
 
     async def generate(
         self,
@@ -246,7 +240,7 @@ class Api:
 
     async def _progress(self, job_id: str) -> AsyncIterator[Any]:
         progress = gr.Progress()
-        try:
+        with refusals():
             async for view in self._studio.watch(job_id):
                 if JobStatus(view["status"]).terminal:
                     break
@@ -257,8 +251,6 @@ class Api:
             if view["status"] != JobStatus.COMPLETED:
                 raise Refused(f"job {job_id} is {view['status']}: {view['error'] or 'no video'}")
             yield self._file(view)
-        except RequestError as error:
-            raise Refused(error) from None
 
     def _file(self, view: dict[str, Any]) -> FileData:
         """The MP4 as Gradio's clients expect a file. Raises RequestError when there is none."""

@@ -6,16 +6,18 @@ A file is found by its job's id alone; no path ever comes from a caller.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
-from fastapi import APIRouter, FastAPI, HTTPException
+from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.responses import Response
+from starlette.routing import Mount
 
 from mochi_app.jobs import JobStatus, NotFound, RequestError
 from mochi_app.studio import Studio
@@ -26,20 +28,21 @@ LIVE_JOBS = 200  # jobs in one event; the rest of a longer queue is asked for by
 
 
 class EventFeed:
-    """The live state, serialised once per change for all tabs.
+    """The live state, serialised once per change and second for all tabs.
 
     Each event is the whole snapshot: a page that missed one needs no repair.
     """
 
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
-        self._count = -1
+        self._key = (-1, 0)
         self._payload = b""
         self.open = 0
 
     def _serialised(self) -> bytes:
-        if self._count != self._studio.changed.count:
-            self._count = self._studio.changed.count
+        key = (self._studio.changed.count, int(time.monotonic()))  # ETAs age without a change
+        if self._key != key:
+            self._key = key
             snapshot = self._studio.snapshot()
             jobs = list(snapshot["jobs"].values())[:LIVE_JOBS]
             self._payload = b"data: " + orjson.dumps(snapshot | {"jobs": jobs}) + b"\n\n"
@@ -143,6 +146,25 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
         return file_response(path, "image/webp", False)
 
     app.include_router(router)
+
+
+def explain_bad_calls(app: FastAPI) -> None:
+    """Answer a call by name that does not fit its endpoint with what is wrong, not with 500.
+
+    Gradio's `/call/v2/<name>` lets the errors of its own argument check through.
+    """
+
+    async def explain(request: Request, error: Exception) -> Response:
+        if "/gradio_api/call/v2/" not in request.url.path:
+            raise error
+        if isinstance(error, KeyError):
+            return JSONResponse({"detail": f"no endpoint is named {error.args[0]}"}, 404)
+        return JSONResponse({"detail": str(error)}, 422)
+
+    for route in app.routes:
+        if isinstance(route, Mount) and isinstance(route.app, FastAPI):
+            for kind in (KeyError, TypeError):
+                route.app.add_exception_handler(kind, explain)
 
 
 def found(studio: Studio, job_id: str) -> dict[str, Any]:
