@@ -49,20 +49,17 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
     demo.max_threads = MAX_THREADS
     demo.queue(api_open=False, status_update_rate=STATUS_UPDATE_SECONDS, max_size=None)
 
-    tickets: list[Tickets] = []
-
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        tickets.append(Tickets(app, ticket_secret, lambda: studio.tickets_needed, studio.changed))
-        await studio.start()
-        tickets[0].start()
-        try:
+        tickets = Tickets(app, ticket_secret, lambda: studio.tickets_needed, studio.changed)
+        async with contextlib.AsyncExitStack() as ending:  # last in, first out, whatever one raises
+            ending.push_async_callback(studio.history.close)
+            ending.push_async_callback(studio.stop)
+            await studio.start()
+            ending.push_async_callback(tickets.stop)
+            tickets.start()
+            ending.callback(studio.begin_stop)
             yield
-        finally:
-            studio.begin_stop()
-            await tickets[0].stop()
-            await studio.stop()
-            await studio.history.close()
 
     app = FastAPI(title="Mochi", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     add_routes(app, studio)
@@ -95,6 +92,18 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def server_port() -> int:
+    """The port that Gradio's own variable names.
+
+    Raises:
+        SettingsError: it is not a port.
+    """
+    value = os.environ.get("GRADIO_SERVER_PORT", "7860")
+    if not value.isascii() or not value.isdecimal() or not 0 < int(value) < 65536:
+        raise SettingsError(f"GRADIO_SERVER_PORT={value!r}: expected a port from 1 to 65535")
+    return int(value)
+
+
 async def serve(settings: Settings) -> None:
     """Compose everything and serve until a signal."""
     defaults = load_model_defaults(settings)
@@ -107,7 +116,7 @@ async def serve(settings: Settings) -> None:
     config = uvicorn.Config(
         build_web(studio, secrets.token_urlsafe(32)),
         host=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
-        port=int(os.environ.get("GRADIO_SERVER_PORT", "7860")),
+        port=server_port(),
         log_level="warning",
         timeout_graceful_shutdown=CONNECTION_GRACE_SECONDS,
     )
@@ -123,7 +132,7 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         asyncio.run(serve(load_settings()))
-    except (SettingsError, HistoryError) as error:
+    except (SettingsError, HistoryError, OSError) as error:
         log.error("cannot start: %s", error)
         return 2
     return 0

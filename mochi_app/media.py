@@ -168,6 +168,11 @@ class MediaStore:
         with self._lock:
             return sorted(self._sizes)
 
+    def withheld_ids(self) -> list[str]:
+        """Ids of the jobs whose video is withheld, oldest first."""
+        with self._lock:
+            return sorted(self._withheld_sizes)
+
     def size(self, job_id: str) -> int:
         """Bytes of the job's video; 0 if there is none."""
         with self._lock:

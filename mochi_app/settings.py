@@ -184,7 +184,7 @@ class Settings(BaseSettings):
         default=5, ge=1, description="Deaths in a row before a slot counts as broken."
     )
     drain_seconds: Seconds = Field(
-        default=3, le=8, description="Seconds that running jobs may take to stop at a shutdown."
+        default=3, le=4, description="Seconds that running jobs may take to end at a shutdown."
     )
 
     @property

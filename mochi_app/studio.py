@@ -8,6 +8,7 @@ which step they are, how fast this machine is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -46,6 +47,11 @@ JANITOR_SECONDS = 60.0
 FREE_DISK_MARGIN = 256 << 20  # bytes
 BYTES_PER_PIXEL_FRAME = 0.25  # more than any video at our quality has needed
 SPEED_SAMPLE = 20  # finished jobs that teach the speeds at start
+# What an enhance takes over from its preview.
+INHERITED = (
+    "batch_id", "prompt", "negative_prompt", "seed", "guidance_scale", "height", "width",
+    "num_frames", "fps", "schedule", "lora", "options",
+)  # fmt: skip
 STORE_PAUSE_SECONDS = 1.0  # so that a store that refuses writes is not tried in a tight loop
 
 
@@ -87,8 +93,13 @@ class Studio:
         self._claimed: set[str] = set()
         self._withdrawn: set[str] = set()
         self._places: dict[str, scheduling.Place] = {}
-        self._places_key: tuple[int, int] | None = None
+        self._places_key: tuple[int, int, int] | None = None
         self._janitor: asyncio.Task[None] | None = None
+        self._housework = asyncio.Event()  # set when the janitor should not wait for its hour
+        self._files = asyncio.Lock()  # a record and its files change together
+        self._enhancing = asyncio.Lock()
+        self._accepting = 0  # submits between the look at the backlog and their record
+        self._turns = 0  # tickets that see a run to its end
         pool.on_change = self.changed.beat
 
     # Start and stop
@@ -126,6 +137,12 @@ class Studio:
                 await asyncio.to_thread(self.media.remove, job_id)
             elif found.deleted_at is not None:
                 await asyncio.to_thread(self.media.withhold, job_id)
+            elif found.evicted_at is not None:
+                await asyncio.to_thread(self.media.remove_video, job_id)
+        for job_id in self.media.withheld_ids():
+            found = self.history.get(job_id)
+            if found is not None and found.deleted_at is None:
+                await asyncio.to_thread(self.media.unwithhold, job_id)
 
     async def _mend_ownerless(self) -> None:
         """Adopt or requeue jobs that are PROCESSING on paper only: their server died, or the
@@ -165,7 +182,10 @@ class Studio:
                 self._forget_ended()
             except Exception:
                 log.exception("housekeeping failed; it is tried again")
-            await asyncio.sleep(JANITOR_SECONDS)
+                await asyncio.sleep(STORE_PAUSE_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._housework.wait(), JANITOR_SECONDS)
+            self._housework.clear()
 
     def _forget_ended(self) -> None:
         limit = time.monotonic() - RECENT_SECONDS
@@ -198,33 +218,31 @@ class Studio:
         Raises:
             RequestError: unknown job, not a finished preview, or no room.
         """
-        parent = self.find(job_id)
+        async with self._enhancing:
+            return await self._enhance(self.find(job_id), owner)
+
+    async def _enhance(self, parent: Job, owner: str) -> Job:
         if parent.enhanced:
             raise Conflict(f"job {parent.id} is an enhance: only a preview can be enhanced")
         if parent.status is not JobStatus.COMPLETED:
             raise Conflict(f"job {parent.id} is {parent.status}: expected a COMPLETED preview")
+        if parent.model != self.settings.model_name:
+            raise Conflict(
+                f"job {parent.id} was made by {parent.model}, this server runs"
+                f" {self.settings.model_name}: the same seed would give another video"
+            )
         steps = self.settings.enhance_steps
         for child in self.history.children(parent.id):
             gone = child.status in (JobStatus.FAILED, JobStatus.CANCELLED)
-            if not gone and child.deleted_at is None and child.num_inference_steps == steps:
+            if not gone and child.num_inference_steps == steps:
                 return child
+        asked = {name: getattr(parent, name) for name in INHERITED}
         job = Job(
+            **asked,
             id=self._ids.draw(),
             kind="enhance",
             parent_id=parent.id,
-            batch_id=parent.batch_id,
-            prompt=parent.prompt,
-            negative_prompt=parent.negative_prompt,
-            seed=parent.seed,
             num_inference_steps=steps,
-            guidance_scale=parent.guidance_scale,
-            height=parent.height,
-            width=parent.width,
-            num_frames=parent.num_frames,
-            fps=parent.fps,
-            schedule=parent.schedule,
-            lora=parent.lora,
-            options=parent.options,
             owner=owner,
             submitted_at=time.time(),
         )
@@ -232,10 +250,14 @@ class Studio:
 
     async def _accept(self, job: Job, drawn: frozenset[str]) -> Job:
         known = job.request_id and self.history.find_request(job.owner, job.request_id)
-        if not known:
-            await self._require_room(job)
-        job = replace(job.moved(JobStatus.PENDING), model=self.settings.model_name)
-        job = await self.history.add(job, drawn=drawn)
+        self._accepting += 1
+        try:
+            if not known:
+                await self._require_room(job)
+            job = replace(job.moved(JobStatus.PENDING), model=self.settings.model_name)
+            job = await self.history.add(job, drawn=drawn)
+        finally:
+            self._accepting -= 1
         self.changed.beat()
         return job
 
@@ -243,7 +265,7 @@ class Studio:
         if self.stopping:
             raise RequestError("the server is stopping: ask again in a moment")
         waiting = self.history.count(JobStatus.PENDING)
-        if waiting >= self.settings.max_pending:
+        if waiting + self._accepting > self.settings.max_pending:
             raise RequestError(
                 f"{waiting} jobs are waiting, the most this server takes: ask again later"
             )
@@ -276,6 +298,22 @@ class Studio:
         """The job with its live state. Raises as `find`."""
         return self.view(self.find(job_id))
 
+    def lineage(self, job_id: Any) -> dict[str, dict[str, Any] | None]:
+        """Views of the `preview` and the newest `enhance` that the job belongs to, None where there
+        is none. Raises as `find`."""
+        job = self.find(job_id)
+        if job.enhanced:
+            parent = self.history.get(job.parent_id or "")
+            preview = parent if parent and parent.deleted_at is None else None
+            enhance: Job | None = job
+        else:
+            preview = job
+            enhance = max(self.history.children(job.id), key=lambda child: child.id, default=None)
+        return {
+            "preview": self.view(preview) if preview else None,
+            "enhance": self.view(enhance) if enhance else None,
+        }
+
     def list_jobs(
         self,
         *,
@@ -302,7 +340,7 @@ class Studio:
         found = self.history.list(
             JobQuery(
                 status=statuses,
-                text=text("query", query or "", least=0, most=MAX_QUERY_CHARS),
+                text=text("query", "" if query is None else query, least=0, most=MAX_QUERY_CHARS),
                 starred=starred,
                 kind=kind,
                 deleted=deleted,
@@ -360,8 +398,11 @@ class Studio:
         job = self.find(job_id)
         if not job.status.terminal:
             raise Conflict(f"job {job.id} is {job.status}: cancel it before deleting it")
-        job = await self.history.update(job.id, lambda job: replace(job, deleted_at=time.time()))
-        await asyncio.to_thread(self.media.withhold, job.id)
+        async with self._files:
+            job = await self.history.update(
+                job.id, lambda job: replace(job, deleted_at=job.deleted_at or time.time())
+            )
+            await asyncio.to_thread(self.media.withhold, job.id)
         self.changed.beat()
         return job
 
@@ -371,27 +412,34 @@ class Studio:
         Raises:
             NotFound: the trash has no such job (any more).
         """
-        job = self.history.get(parse_job_id(job_id))
-        if job is None or job.deleted_at is None:
-            raise NotFound(f"job_id: the trash has no such job: {job_id}")
-        await asyncio.to_thread(self.media.unwithhold, job.id)
-        job = await self.history.update(job.id, lambda job: replace(job, deleted_at=None))
+        async with self._files:
+            job = self.history.get(parse_job_id(job_id))
+            if job is None or job.deleted_at is None:
+                raise NotFound(f"job_id: the trash has no such job: {job_id}")
+            await asyncio.to_thread(self.media.unwithhold, job.id)
+            job = await self.history.update(job.id, lambda job: replace(job, deleted_at=None))
         self.changed.beat()
         return job
 
     async def empty_trash(self, older_than_hours: float = 0.0) -> int:
         """Remove deleted jobs for good, files first; returns how many."""
         limit = time.time() - older_than_hours * 3600
-        doomed = [job for job in self.history.trashed() if (job.deleted_at or limit + 1) <= limit]
-        for job in doomed:
-            await self._purge(job)
-        return len(doomed)
+        purged = 0
+        for job in self.history.trashed():
+            async with self._files:
+                purged += await self._purge(job.id, limit)
+        return purged
 
-    async def _purge(self, job: Job) -> None:
+    async def _purge(self, job_id: str, limit: float) -> bool:
+        """Remove a job deleted before `limit`, unless it was restored or purged meanwhile."""
+        job = self.history.get(job_id)
+        if job is None or job.deleted_at is None or job.deleted_at > limit:
+            return False
         await asyncio.to_thread(self.media.remove, job.id)
         await self.history.remove(job.id)
         self._live.pop(job.id, None)
         self.changed.beat()
+        return True
 
     # Quota
 
@@ -402,19 +450,24 @@ class Studio:
 
     async def _enforce_quota(self) -> None:
         """Make room: the trash goes first, then the oldest unstarred videos, not their records."""
-        for job in sorted(self.history.trashed(), key=lambda job: job.deleted_at or 0.0):
-            if self.media.total_bytes() <= self.quota_bytes:
-                return
-            await self._purge(job)
         while self.media.total_bytes() > self.quota_bytes:
-            oldest = self.history.evictable(1)
-            if not oldest:
-                return
-            log.info("job %s: video evicted, the quota is full", oldest[0].id)
-            job = await self.history.update(oldest[0].id, evicted)
+            async with self._files:
+                if not await self._remove_next():
+                    return
+
+    async def _remove_next(self) -> bool:
+        """Remove what the quota can best do without; False when there is nothing."""
+        trashed = min(self.history.trashed(), key=lambda job: job.deleted_at or 0, default=None)
+        if trashed is not None:
+            return await self._purge(trashed.id, time.time())
+        for job in self.history.evictable(1):
+            log.info("job %s: video evicted, the quota is full", job.id)
+            job = await self.history.update(job.id, evicted)
             if job.evicted_at is not None:
                 await asyncio.to_thread(self.media.remove_video, job.id)
             self.changed.beat()
+            return True
+        return False
 
     # Turns
 
@@ -426,11 +479,11 @@ class Studio:
 
     @property
     def tickets_needed(self) -> int:
-        """How many tickets should be queued or granted now."""
+        """How many tickets should be queued or granted now: one for each run that a ticket sees
+        to its end, and for the waiting jobs as many as bring it to one more than the slots."""
         if self.stopping:
             return 0
-        active = self.history.count(JobStatus.PENDING) + self.history.count(JobStatus.PROCESSING)
-        return min(active, len(self.pool.slots) + 1)
+        return min(len(self.waiting) + self._turns, len(self.pool.slots) + 1)
 
     async def engine_turn(self) -> str | None:
         """A granted ticket: wait for a ready slot and a runnable job, and see the run to its end.
@@ -445,7 +498,11 @@ class Studio:
             count = await self.changed.after(count)
         slot, job = pair
         run = self.pool.run(slot, lambda slot: self._execute(slot, job))
-        await asyncio.shield(run)
+        self._turns += 1
+        try:
+            await asyncio.shield(run)
+        finally:
+            self._turns -= 1
         return job.id
 
     def _claim(self) -> tuple[SupervisedSlot, Job] | None:
@@ -470,12 +527,16 @@ class Studio:
                     JobStatus.PROCESSING,
                     started_processing_at=time.time(),
                     attempts=job.attempts + 1,
+                    model=self.settings.model_name,
                     slot=slot.index,
                     error=None,
                 ),
             )
             self.changed.beat()
-            return await self._attempt(slot, job, live)
+            good = await self._attempt(slot, job, live)
+            if live.cancel_requested:  # and the job was requeued, its slot having died
+                await self.history.update(job.id, withdrawn)
+            return good
         except HistoryError as error:
             log.error("job %s: its record could not be written: %s", job.id, error)
             await asyncio.sleep(STORE_PAUSE_SECONDS)
@@ -520,7 +581,8 @@ class Studio:
             ),
         )
         self.speeds.observe(job)
-        await self._enforce_quota()
+        if self.media.total_bytes() > self.quota_bytes:
+            self._housework.set()
         return True
 
     async def _fail(self, job: Job, error: str) -> None:
@@ -607,8 +669,8 @@ class Studio:
         return self._all_places().get(job.id)
 
     def _all_places(self) -> dict[str, scheduling.Place]:
-        """Places of all waiting jobs; computed once per change and half second."""
-        key = (self.changed.count, int(time.monotonic() * 2))
+        """Places of all waiting jobs; computed when their number changes, and each half second."""
+        key = (self.history.count(JobStatus.PENDING), len(self._claimed), int(time.monotonic() * 2))
         if key != self._places_key:
             self._places = scheduling.places(
                 self.waiting, self._busy_seconds(), self.speeds.run_seconds
@@ -642,37 +704,42 @@ class Studio:
         idle = time.monotonic() - live.stage_began if live.step == job.num_inference_steps else 0
         return round(max(0.0, left - idle), 1)
 
-    async def watch(self, job_id: Any, interval: float = 0.2) -> AsyncIterator[dict[str, Any]]:
-        """The job's view whenever it changes, at most every `interval` seconds, to its end.
+    async def watch(self, job_id: Any, interval: float = 0.5) -> AsyncIterator[dict[str, Any]]:
+        """The job's view whenever it changes, to its end: a new status at once, its steps at most
+        every `interval` seconds.
 
         Raises as `find`, also when the job is deleted meanwhile.
         """
         last: dict[str, Any] | None = None
+        next_at = 0.0
         while True:
             count = self.changed.count
-            view = self.status(job_id)
-            if view != last:
-                yield view
-                last = view
-            if JobStatus(view["status"]).terminal or self.stopping:
-                return
-            await asyncio.sleep(interval if last is not None else 0)
-            await self.changed.after(count)
+            job = self.find(job_id)
+            pause = next_at - time.monotonic()
+            moved = last is None or job.status != last["status"]
+            if moved or self.stopping or pause <= 0:
+                if (view := self.view(job)) != last:
+                    yield view
+                    last, next_at = view, time.monotonic() + interval
+                if job.status.terminal or self.stopping:
+                    return
+                await self.changed.after(count)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.changed.after(count), pause)
 
-    def snapshot(self) -> dict[str, Any]:
-        """What a page shows live: slots, counts, and each active or just ended job's view."""
-        active = self.history.with_status(JobStatus.PROCESSING, JobStatus.PENDING)
-        recent = (self.history.get(job_id) for job_id in self._live)
-        jobs = {job.id: job for job in [*active, *(job for job in recent if job)]}
+    def snapshot(self, limit: int) -> dict[str, Any]:
+        """What a page shows live: slots, counts, and views of at most `limit` jobs: the running
+        ones, those that just ended, and the oldest that wait."""
+        recent = [self.history.get(job_id) for job_id in self._live]
+        shown = {job.id: job for job in recent if job is not None and job.deleted_at is None}
+        for job in self.history.with_status(JobStatus.PENDING)[: max(0, limit - len(shown))]:
+            shown[job.id] = job
         return {
             "slots": [slot.describe() for slot in self.pool.slots],
             "pending": self.history.count(JobStatus.PENDING),
             "processing": self.history.count(JobStatus.PROCESSING),
-            "jobs": {
-                job.id: self.view(job) | {"image": self.image(job.id)}
-                for job in jobs.values()
-                if job.deleted_at is None
-            },
+            "jobs": [self.view(job) | {"image": self.image(job.id)} for job in shown.values()],
         }
 
     def health(self) -> dict[str, Any]:

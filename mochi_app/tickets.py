@@ -76,7 +76,7 @@ class Tickets:
         try:
             await self._post()
             self.last_error = None
-        except (httpx.HTTPError, TicketError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever the queue raised, another follows
             self.last_error = f"{type(error).__name__}: {error}"
             log.error("a ticket was lost: %s", self.last_error)
             await asyncio.sleep(RETRY_SECONDS)

@@ -35,6 +35,8 @@ CHROMIUM_ARGS = (
     "--disable-sync",
     "--no-first-run",
 )
+# Gradio gives what an accordion shows its values in the frame after it has opened.
+TWO_FRAMES = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 PATIENCE = 30.0  # seconds; what has not come by then has failed
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 
@@ -163,6 +165,7 @@ def open_page(server: str, browser: Browser, watch: Watch) -> Iterator[Open]:
         page = context.new_page()
         page.goto(address or server)
         page.wait_for_selector("#mochi-gallery .m-gallery")
+        expect(page.locator("#mochi-status")).not_to_contain_text("Connecting")
         return page
 
     yield open_one
@@ -182,6 +185,9 @@ def generate(page: Page, prompt: str, **settings: int) -> str:
         open_settings(page)
     for label, value in settings.items():
         page.get_by_label(f"number input for {label}", exact=True).fill(str(value))
+        page.keyboard.press("Tab")
+        slider = page.get_by_label(f"range slider for {label}", exact=True)
+        expect(slider).to_have_value(str(value))
     before = page.url
     page.click("#mochi-generate")
     page.wait_for_url(lambda url: url != before)
@@ -191,6 +197,7 @@ def generate(page: Page, prompt: str, **settings: int) -> str:
 def open_settings(page: Page) -> None:
     if not page.get_by_label("number input for Steps").is_visible():
         page.click("#mochi-settings > button")
+        page.evaluate(TWO_FRAMES)
 
 
 def job_id(url: str) -> str:
@@ -217,7 +224,8 @@ def playing(page: Page, name: str) -> dict[str, float]:
 
 def test_from_prompt_to_comparison_and_back(server: str, open_page: Open) -> None:
     page = open_page()
-    page.fill(PROMPT, "a red circle that only this test asks for")
+    expect(page.locator(PROMPT)).to_be_focused()
+    page.keyboard.type("a red circle that only this test asks for")
     page.keyboard.press("Control+Enter")
     expect(page.locator(f"{TILE} .m-stage")).to_have_text(re.compile(r"step [1-8] of 8"))
     preview_id = job_id(page.url)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,25 @@ async def test_enhance_twice_is_one_job_until_it_failed(make_studio: MakeStudio)
     await studio.cancel(first.id)
     if (await ended(studio, first)).status is JobStatus.CANCELLED:
         assert (await studio.enhance(preview.id)).id != first.id
+
+
+async def test_two_enhances_at_the_same_moment_are_one_job(make_studio: MakeStudio) -> None:
+    studio = await make_studio(enhance_steps=16)
+    preview = await ended(studio, await studio.submit(prompt="p"))
+    one, two = await asyncio.gather(studio.enhance(preview.id), studio.enhance(preview.id))
+    assert one.id == two.id
+    lineage = studio.lineage(one.id)
+    assert lineage == studio.lineage(preview.id)
+    assert lineage["preview"] is not None
+    assert lineage["preview"]["id"] == preview.id
+
+
+async def test_a_preview_of_another_model_is_not_enhanced(make_studio: MakeStudio) -> None:
+    studio = await make_studio()
+    preview = await ended(studio, await studio.submit(prompt="p"))
+    await studio.history.update(preview.id, lambda job: replace(job, model="genmo/mochi"))
+    with pytest.raises(Conflict, match="was made by genmo/mochi, this server runs tiny-mochi"):
+        await studio.enhance(preview.id)
 
 
 async def test_what_cannot_be_enhanced_is_refused(make_studio: MakeStudio) -> None:
@@ -224,7 +244,7 @@ async def test_cancels_at_any_moment_leave_one_end_and_a_working_slot(
         assert there == (job.status is JobStatus.COMPLETED), job.status
     last = await ended(studio, await studio.submit(prompt="p"))
     assert last.status is JobStatus.COMPLETED
-    assert studio.tickets_needed == 0
+    await eventually(lambda: studio.tickets_needed == 0)
 
 
 async def test_a_turn_that_is_cancelled_does_not_touch_the_run(make_studio: MakeStudio) -> None:
@@ -234,6 +254,28 @@ async def test_a_turn_that_is_cancelled_does_not_touch_the_run(make_studio: Make
     await running(studio, job)
     turn.cancel()
     assert (await ended(studio, job)).status is JobStatus.COMPLETED
+
+
+async def test_a_run_whose_ticket_is_gone_asks_for_no_other(make_studio: MakeStudio) -> None:
+    studio = await make_studio(turns=False)
+    job = await studio.submit(prompt="slow", num_inference_steps=400)
+    turn = asyncio.create_task(studio.engine_turn())
+    await running(studio, job)
+    assert studio.tickets_needed == 1
+    turn.cancel()
+    await asyncio.gather(turn, return_exceptions=True)
+    assert studio.tickets_needed == 0
+    await studio.cancel(job.id)
+    assert (await ended(studio, job)).status is JobStatus.CANCELLED
+
+
+async def test_a_cancel_of_a_job_whose_slot_just_died_is_kept(make_studio: MakeStudio) -> None:
+    studio = await make_studio()
+    job = await studio.submit(prompt="slow", num_inference_steps=400)
+    await running(studio, job)
+    os.kill(studio.pool.slots[0].slot.pids[0], signal.SIGKILL)
+    await studio.cancel(job.id)
+    assert (await ended(studio, job)).status is JobStatus.CANCELLED
 
 
 async def test_a_turn_without_work_ends_at_once(make_studio: MakeStudio) -> None:
@@ -328,6 +370,55 @@ async def test_trash_hides_restores_and_empties(make_studio: MakeStudio) -> None
     assert left == []
 
 
+async def test_a_job_restored_while_the_trash_is_emptied_stays(make_studio: MakeStudio) -> None:
+    studio = await make_studio()
+    jobs = [await ended(studio, await studio.submit(prompt="p", seed=i)) for i in range(4)]
+    for job in jobs:
+        await studio.delete(job.id)
+    emptying = asyncio.create_task(studio.empty_trash())
+    await eventually(lambda: len(studio.history) < 4)
+    await studio.restore(jobs[-1].id)
+    await emptying
+    assert studio.status(jobs[-1].id)["status"] == "COMPLETED"
+    assert studio.media.video_path(jobs[-1].id) is not None
+
+
+async def test_delete_and_restore_at_once_keep_record_and_file_together(
+    make_studio: MakeStudio,
+) -> None:
+    studio = await make_studio()
+    job = await ended(studio, await studio.submit(prompt="p"))
+    for _ in range(10):
+        deleting = asyncio.create_task(studio.delete(job.id))
+        await eventually(lambda: studio.list_jobs(deleted=True)["total"] == 1)
+        await studio.restore(job.id)
+        await deleting
+        assert studio.status(job.id)["status"] == "COMPLETED"
+        assert studio.media.video_path(job.id) is not None
+
+
+async def test_emptying_twice_at_once_is_no_error(make_studio: MakeStudio) -> None:
+    studio = await make_studio()
+    for seed in range(3):
+        await studio.delete((await ended(studio, await studio.submit(prompt="p", seed=seed))).id)
+    assert sum(await asyncio.gather(studio.empty_trash(), studio.empty_trash())) == 3
+
+
+async def test_start_mends_what_a_crash_left_between_record_and_file(
+    make_studio: MakeStudio,
+) -> None:
+    studio = await make_studio()
+    restored, evicted = [
+        await ended(studio, await studio.submit(prompt="p", seed=seed)) for seed in range(2)
+    ]
+    studio.media.withhold(restored.id)
+    await studio.history.update(evicted.id, lambda job: replace(job, evicted_at=1.0))
+    await close_studio(studio)
+    again = await make_studio(turns=False)
+    assert again.media.video_path(restored.id) is not None
+    assert again.media.video_path(evicted.id) is None
+
+
 async def test_a_running_job_is_not_deleted(make_studio: MakeStudio) -> None:
     studio = await make_studio()
     job = await studio.submit(prompt="slow", num_inference_steps=100)
@@ -351,6 +442,23 @@ async def test_the_quota_evicts_the_oldest_unstarred_video_and_keeps_its_record(
     assert evicted["evicted_at"] is not None
     assert evicted["video_url"] is None
     assert evicted["prompt"] == "p"
+
+
+async def test_a_quota_that_cannot_be_kept_hurts_neither_job_nor_slot(
+    make_studio: MakeStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studio = await make_studio()
+    await ended(studio, await studio.submit(prompt="p"))
+    pids = studio.pool.slots[0].slot.pids
+
+    def refuse(job_id: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(studio.media, "remove_video", refuse)
+    studio.settings = studio.settings.model_copy(update={"quota_gib": 1e-9})
+    after = await ended(studio, await studio.submit(prompt="p", seed=1))
+    assert after.status is JobStatus.COMPLETED
+    assert studio.pool.slots[0].slot.pids == pids
 
 
 async def test_a_quota_full_of_stars_refuses_new_jobs(make_studio: MakeStudio) -> None:

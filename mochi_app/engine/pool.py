@@ -123,6 +123,10 @@ class Pool:
                     supervised.deaths = 0  # it stood long enough: not one failure after another
             except SlotDied as error:
                 reason = str(error)
+            except Exception as error:
+                log.exception("slot %d: its supervisor stumbled", slot.index)
+                reason = f"{type(error).__name__}: {error}"
+                await slot.stop(grace=0)
             supervised.deaths += 1
             supervised.restarts += 1
             supervised.reason = reason
@@ -187,6 +191,6 @@ class Pool:
         for task in self._supervisors:
             task.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
-        await asyncio.gather(*(slot.slot.stop() for slot in self.slots))
+        await asyncio.gather(*(slot.slot.stop() for slot in self.slots), return_exceptions=True)
         if self._runs:  # their slots are gone, so they end now
             await asyncio.wait(list(self._runs), timeout=drain_seconds)

@@ -213,9 +213,9 @@ def main(argv: Sequence[str] | None = None, loader: Loader = load_mochi) -> int:
     while (request := inbox.take()) is not None:
         outcome = attempt(engine, config, request, channel.send, inbox.cancelled)
         inbox.finish()
+        channel.send(outcome)
         if isinstance(outcome, Failed):
             engine.free()
-        channel.send(outcome)
     return 0
 
 

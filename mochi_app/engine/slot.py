@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 ENGINE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "mochi_app.engine.rank")
 WATCH_INTERVAL = 0.1  # seconds between looks at the deadlines
 EXIT_GRACE = 1.0  # seconds an exit status may lag behind the end of its channel
+REAP_SECONDS = 3.0  # a process stuck in a driver is left to the kernel after that
 STDERR_TAIL = 20  # lines
 
 
@@ -207,7 +208,8 @@ class RankProcess:
 
     async def close(self) -> None:
         """Reap the process and free the channel."""
-        await self.wait()
+        if await self.wait(REAP_SECONDS) is None and self._process is not None:
+            log.error("rank %d (pid %s) does not end, even by SIGKILL", self.rank, self.pid)
         if self._writer is not None:
             self._writer.close()
         if self._stderr_task is not None:
@@ -470,8 +472,8 @@ class Slot:
             JobCancelled: after `cancel()`.
             SlotDied: the processes went away meanwhile.
         """
-        assert self.state is SlotState.READY, f"slot {self.index} is {self.state}"
-        assert self._death is not None
+        if self.state is not SlotState.READY or self._death is None:
+            raise SlotDied(self.detail or f"slot {self.index} is {self.state}")
         self._outcome = asyncio.get_running_loop().create_future()
         self._job_id, self._on_event, self._cancelling = request.job_id, on_event, False
         self._set(SlotState.BUSY)
@@ -499,9 +501,9 @@ class Slot:
             case messages.Cancelled():
                 raise JobCancelled
             case messages.Failed():
-                if outcome.poisoned:
-                    self._die(f"the process cannot be used any more: {outcome.error}")
-                raise JobFailed(outcome.error)
+                if not outcome.poisoned:
+                    raise JobFailed(outcome.error)
+                self._die(f"the process cannot be used any more: {outcome.error}")
         if self._cancelling:
             raise JobCancelled
         raise SlotDied(self._death.result())

@@ -991,13 +991,24 @@
   // Form: Gradio's components; only what passes between them and the panel is here
 
   const form = {
-    reused: null,
+    reused: null, // the job whose values are wanted in the form
+    drawn: "", // the newest job's seed
 
     mount(part) {
       this.message = h("p", { className: "m-problem", role: "alert", hidden: true });
       part.element.replaceChildren(this.message);
-      document.addEventListener("keydown", (event) => this.key(event));
-      document.addEventListener("input", (event) => this.pin(event.target));
+    },
+
+    focus() {
+      document.querySelector("#mochi-prompt-box textarea")?.focus({ preventScroll: true });
+    },
+
+    /** Where most visits begin, as soon as Gradio shows the form. Its own autofocus would take the
+     * focus back whenever the text changes. */
+    focusFirst(frames = 300) {
+      if (document.activeElement !== document.body || frames === 0) return;
+      this.focus();
+      requestAnimationFrame(() => this.focusFirst(frames - 1));
     },
 
     /** A seed that is typed or pasted is meant. (Gradio's own input event misses a paste.) */
@@ -1020,6 +1031,8 @@
       this.message.hidden = !outcome.error;
       setText(this.message, outcome.error ?? "");
       if (!outcome.job) return;
+      this.drawn = String(outcome.job.seed);
+      parts.panel.trigger("drawn");
       panel.select(outcome.job.id, outcome.job);
       announce("Job accepted.");
       panel.reveal();
@@ -1028,7 +1041,7 @@
     reuse(job) {
       this.reused = job;
       parts.panel.trigger("reuse");
-      document.querySelector("#mochi-prompt-box textarea")?.focus();
+      this.focus();
       announce("Prompt, seed and settings are in the form.");
     },
 
@@ -1064,6 +1077,7 @@
     panel.select(jobId);
     gallery.refresh();
     stream.follow();
+    form.focusFirst();
     document.addEventListener("visibilitychange", () => stream.follow());
     window.addEventListener("online", () => stream.follow());
     setInterval(tick, 1000);
@@ -1079,7 +1093,10 @@
     attach,
     submitted: (outcome) => form.submitted(outcome),
     reused: () => form.values(),
+    drawn: () => form.drawn,
     reconnect: () => stream.lost(),
   };
+  document.addEventListener("keydown", (event) => form.key(event));
+  document.addEventListener("input", (event) => form.pin(event.target));
   for (const [name, part] of window.mochiParts ?? []) attach(name, part);
 })();

@@ -43,9 +43,8 @@ class EventFeed:
         key = (self._studio.changed.count, int(time.monotonic()))  # ETAs age without a change
         if self._key != key:
             self._key = key
-            snapshot = self._studio.snapshot()
-            jobs = list(snapshot["jobs"].values())[:LIVE_JOBS]
-            self._payload = b"data: " + orjson.dumps(snapshot | {"jobs": jobs}) + b"\n\n"
+            snapshot = self._studio.snapshot(LIVE_JOBS)
+            self._payload = b"data: " + orjson.dumps(snapshot) + b"\n\n"
         return self._payload
 
     async def stream(self) -> AsyncIterator[bytes]:

@@ -100,34 +100,17 @@ class Calls:
 
     async def lineage(self, job_id: Any) -> dict[str, Any]:
         """The job with its preview or its newest enhance, whichever are there."""
-        job = self._studio.find(job_id)
-        preview = self._parent(job) if job.enhanced else job
-        enhance = job if job.enhanced else self._newest_enhance(job)
-        return {
-            "preview": self._studio.view(preview) if preview else None,
-            "enhance": self._studio.view(enhance) if enhance else None,
-        }
-
-    def _parent(self, job: jobs.Job) -> jobs.Job | None:
-        try:
-            return self._studio.find(job.parent_id)
-        except RequestError:
-            return None
-
-    def _newest_enhance(self, job: jobs.Job) -> jobs.Job | None:
-        children = self._studio.history.children(job.id)
-        there = [child for child in children if child.deleted_at is None]
-        return max(there, key=lambda child: child.id, default=None)
+        return self._studio.lineage(job_id)
 
     async def list_jobs(self, question: Any) -> dict[str, Any]:
         """A page of the history: `filter`, `query`, `page`, `page_size`."""
-        if not isinstance(question, dict) or question.get("filter") not in FILTERS:
+        if not isinstance(question, dict) or str(question.get("filter")) not in FILTERS:
             raise jobs.refuse("filter", question, "one of " + ", ".join(FILTERS))
         return self._studio.list_jobs(
             query=question.get("query"),
             page=question.get("page"),
             page_size=question.get("page_size"),
-            **FILTERS[question["filter"]],
+            **FILTERS[str(question["filter"])],
         )
 
     async def enhance_job(self, job_id: Any) -> dict[str, Any]:
@@ -163,8 +146,8 @@ class Calls:
         return await self._studio.empty_trash()
 
 
-def submitter(studio: Studio) -> Callable[..., Awaitable[tuple[dict[str, Any], Any]]]:
-    """The handler behind Generate: the outcome for `page.js`, and the seed to show."""
+def submitter(studio: Studio) -> Callable[..., Awaitable[dict[str, Any]]]:
+    """The handler behind Generate: its outcome, for `page.js`. It touches none of the form."""
 
     async def submit(
         prompt: Any,
@@ -177,7 +160,7 @@ def submitter(studio: Studio) -> Callable[..., Awaitable[tuple[dict[str, Any], A
         width: Any,
         num_frames: Any,
         request: gr.Request,
-    ) -> tuple[dict[str, Any], Any]:
+    ) -> dict[str, Any]:
         try:
             job = await studio.submit(
                 owner=request.username or "",
@@ -191,8 +174,8 @@ def submitter(studio: Studio) -> Callable[..., Awaitable[tuple[dict[str, Any], A
                 num_frames=num_frames,
             )
         except (RequestError, HistoryError) as error:
-            return {"error": str(error)}, gr.skip()
-        return {"job": studio.view(job)}, str(job.seed)
+            return {"error": str(error)}
+        return {"job": studio.view(job)}
 
     return submit
 
@@ -208,7 +191,7 @@ def live_part(name: str, **options: Any) -> gr.HTML:
     part = f"[{json.dumps(name)}, {{element, server, trigger, props}}]"
     return gr.HTML(
         html_template="",
-        js_on_load=f"const part = {part}; /* 'reuse' */"
+        js_on_load=f"const part = {part}; /* 'reuse', 'drawn' */"
         " if (window.Mochi) Mochi.attach(...part);"
         " else (window.mochiParts ??= []).push(part);",
         apply_default_css=False,
@@ -242,10 +225,10 @@ def build(studio: Studio) -> None:
             )
     live_part("gallery")
     outcome = gr.JSON(visible=False)
-    seed = inputs[3]
-    generate.click(submitter(studio), inputs, [outcome, seed], **UNQUEUED).then(
+    generate.click(submitter(studio), inputs, outcome, **UNQUEUED).then(
         None, [outcome], None, js="(outcome) => window.Mochi.submitted(outcome)", **UNQUEUED
     )
+    panel.drawn(None, None, inputs[3], js="() => window.Mochi.drawn()", **UNQUEUED)
     panel.reuse(None, None, inputs, js="() => window.Mochi.reused()", **UNQUEUED)
 
 
@@ -257,7 +240,6 @@ def form(studio: Studio) -> list[Any]:
         placeholder="Describe the video, then Generate or Ctrl+Enter",
         lines=4,
         max_lines=10,
-        autofocus=True,
         elem_id="mochi-prompt-box",
     )
     examples(defaults.examples, prompt)

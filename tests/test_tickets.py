@@ -1,0 +1,78 @@
+"""Tickets against a queue that answers, refuses, drops or raises."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import PlainTextResponse, Response
+
+from mochi_app import tickets
+from mochi_app.pulse import Pulse
+from mochi_app.tickets import SECRET_HEADER, Tickets
+from tests.conftest import eventually
+
+
+class Queue:
+    """Gradio's two routes, with a gate in place of a turn."""
+
+    def __init__(self) -> None:
+        self.posts = 0
+        self.trouble = ""
+        self.gate = asyncio.Event()
+        self.app = FastAPI()
+        self.app.post("/gradio_api/call/engine_turn")(self.post)
+        self.app.get("/gradio_api/call/engine_turn/{event}")(self.read)
+
+    async def post(self, request: Request) -> Response:
+        self.posts += 1
+        assert request.headers[SECRET_HEADER] == "secret"
+        if self.trouble == "refuses":
+            return Response("Queue is stopped.", 503)
+        if self.trouble == "raises":
+            raise KeyError("a session that was evicted")
+        return Response('{"event_id": "e"}', media_type="application/json")
+
+    async def read(self, event: str) -> PlainTextResponse:
+        await self.gate.wait()
+        kind = "error" if self.trouble == "drops" else "complete"
+        return PlainTextResponse(f"event: {kind}\ndata: [null]\n\n")
+
+
+async def started(queue: Queue, needed: list[int]) -> tuple[Tickets, Pulse]:
+    changed = Pulse()
+    posting = Tickets(queue.app, "secret", lambda: needed[0], changed)
+    posting.start()
+    return posting, changed
+
+
+async def test_as_many_as_needed_and_no_more() -> None:
+    queue, needed = Queue(), [2]
+    posting, changed = await started(queue, needed)
+    await eventually(lambda: queue.posts == 2)
+    needed[0] = 3
+    changed.beat()
+    await eventually(lambda: queue.posts == 3)
+    needed[0] = 0
+    queue.gate.set()
+    await eventually(lambda: not posting._live)
+    assert queue.posts == 3
+    await posting.stop()
+
+
+@pytest.mark.parametrize("trouble", ["refuses", "drops", "raises"])
+async def test_a_lost_ticket_is_replaced_after_a_pause(
+    trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tickets, "RETRY_SECONDS", 0.1)
+    queue, needed = Queue(), [1]
+    queue.gate.set()
+    queue.trouble = trouble
+    posting, _ = await started(queue, needed)
+    await eventually(lambda: queue.posts == 3)
+    assert posting.last_error is not None
+    needed[0] = 0
+    await eventually(lambda: not posting._live)
+    assert queue.posts <= 4  # and not thousands
+    await posting.stop()
