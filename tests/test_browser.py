@@ -9,22 +9,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.error import URLError
 from urllib.parse import parse_qs, urlsplit
-from urllib.request import urlopen
 
 import pytest
+from playwright import sync_api
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-sync_api = pytest.importorskip("playwright.sync_api")
-from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402
+from tests.serving import Served
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 CHROMIUM_ARGS = (
@@ -38,7 +32,6 @@ CHROMIUM_ARGS = (
 # Gradio gives what an accordion shows its values in the frame after it has opened.
 TWO_FRAMES = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 PATIENCE = 30.0  # seconds; what has not come by then has failed
-PROJECT_DIR = Path(__file__).resolve().parent.parent
 
 PROMPT = "#mochi-prompt-box textarea"
 TILE = "#mochi-panel .m-tile"
@@ -48,66 +41,18 @@ SEED = "#mochi-seed input[type=text]"
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="needs chromium"),
+    pytest.mark.skipif(
+        not Path(CHROMIUM).exists() and "CI" not in os.environ, reason="needs Debian's chromium"
+    ),
 ]
-
-
-def clean_environment() -> dict[str, str]:
-    """The environment without settings of ours or of Gradio."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MOCHI_", "GRADIO_"))}
-    return kept | {"GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1"}
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Return once a video could be made."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        assert process.poll() is None, f"the app ended:\n{log.read_text()}"
-        try:
-            with urlopen(f"{url}healthz", timeout=5):
-                return
-        except (URLError, OSError):
-            time.sleep(0.05)
-    raise AssertionError(f"no slot became ready:\n{log.read_text()}")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the real app, on a free port with an empty data folder."""
-    folder = tmp_path_factory.mktemp("browser")
-    url = f"http://127.0.0.1:{(port := free_port())}/"
-    own = {
-        "MOCHI_DATA_DIR": str(folder / "data"),
-        "GRADIO_SERVER_PORT": str(port),
-        "GRADIO_SERVER_NAME": "127.0.0.1",
-    }
-    log = folder / "app.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "app.py"],
-            cwd=PROJECT_DIR,
-            env=clean_environment() | own,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        wait_until_healthy(process, url, log)
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    served = Served(tmp_path_factory.mktemp("browser") / "data").start().ready()
+    yield f"{served.url}/"
+    served.end()
 
 
 @pytest.fixture(scope="module")
