@@ -97,6 +97,7 @@ class JobIndex:
         self._ordinals: dict[str, int] = {}
         self._status = bytearray()
         self._flags = bytearray()
+        self._counts = [0] * len(_STATUSES)  # jobs by status code, without the trash
         self._uses: dict[str, array[int]] = {}  # word -> ascending ordinals
         self._vocabulary: list[str] | None = None  # sorted; None while building
         self._children: dict[str, list[str]] = {}  # parent id -> ascending ids
@@ -150,6 +151,7 @@ class JobIndex:
             return
         ordinal = self._ordinals.pop(job_id)
         self._unlink(ordinal, job)
+        self._count(ordinal, -1)
         self._jobs[ordinal] = None
         self._flags[ordinal] = _GONE
         if job.request_id is not None:
@@ -167,7 +169,7 @@ class JobIndex:
         self._jobs.append(job)
         self._ordinals[job.id] = ordinal
         self._status.append(0)
-        self._flags.append(0)
+        self._flags.append(_GONE)
         self._describe(ordinal, job)
         for word in set(words(job.prompt)):
             uses = self._uses.get(word)
@@ -186,6 +188,7 @@ class JobIndex:
                 self._unlink(len(self._jobs), job)
                 del self._ordinals[job.id]
                 later.append(job)
+            self._count(len(self._ids) - 1, -1)
             del self._ids[-1], self._status[-1], self._flags[-1]
         return later[::-1]
 
@@ -201,6 +204,7 @@ class JobIndex:
 
     def _describe(self, ordinal: int, job: Job) -> None:
         """Write the columns of a job."""
+        self._count(ordinal, -1)
         self._status[ordinal] = _STATUS_CODE[job.status]
         self._flags[ordinal] = (
             (_TRASHED if job.deleted_at is not None else 0)
@@ -208,6 +212,12 @@ class JobIndex:
             | (_ENHANCE if job.enhanced else 0)
             | (_VIDEO if job.video is not None and job.evicted_at is None else 0)
         )
+        self._count(ordinal, 1)
+
+    def _count(self, ordinal: int, by: int) -> None:
+        """Let `counts` follow the columns of a job that is neither gone nor in the trash."""
+        if not self._flags[ordinal] & (_GONE | _TRASHED):
+            self._counts[self._status[ordinal]] += by
 
     # Questions
 
@@ -239,8 +249,7 @@ class JobIndex:
 
     def counts(self) -> dict[JobStatus, int]:
         """Jobs by status, without the trash."""
-        found = np.bincount(self._column(self._status)[self._fit()], minlength=len(_STATUSES))
-        return {status: int(found[code]) for code, status in enumerate(_STATUSES)}
+        return dict(zip(_STATUSES, self._counts, strict=True))
 
     @staticmethod
     def _column(column: bytearray) -> NDArray[np.uint8]:

@@ -93,7 +93,8 @@ class Studio:
         self._claimed: set[str] = set()
         self._withdrawn: set[str] = set()
         self._places: dict[str, scheduling.Place] = {}
-        self._places_key: tuple[int, int, int] | None = None
+        self._places_key: tuple[int, int] | None = None
+        self._queue_moves = 0  # jobs that came to the queue or left it
         self._janitor: asyncio.Task[None] | None = None
         self._housework = asyncio.Event()  # set when the janitor should not wait for its hour
         self._files = asyncio.Lock()  # a record and its files change together
@@ -258,8 +259,12 @@ class Studio:
             job = await self.history.add(job, drawn=drawn)
         finally:
             self._accepting -= 1
-        self.changed.beat()
+        self._queue_moved()
         return job
+
+    def _queue_moved(self) -> None:
+        self._queue_moves += 1
+        self.changed.beat()
 
     async def _require_room(self, job: Job) -> None:
         if self.stopping:
@@ -375,7 +380,7 @@ class Studio:
             job = await self.history.update(job.id, withdrawn)
         finally:
             self._withdrawn.discard(job.id)
-        self.changed.beat()
+        self._queue_moved()
         return job
 
     async def star(self, job_id: Any, starred: Any = True) -> Job:
@@ -515,6 +520,7 @@ class Studio:
             return None
         self._claimed.add(job.id)
         self._live[job.id] = Live(stage="starting", stage_began=time.monotonic())
+        self._queue_moves += 1
         return slot, job
 
     async def _execute(self, slot: Slot, job: Job) -> bool:
@@ -545,7 +551,7 @@ class Studio:
             live.ended_at = time.monotonic()
             live.image = None
             self._claimed.discard(job.id)
-            self.changed.beat()
+            self._queue_moved()
 
     async def _attempt(self, slot: Slot, job: Job, live: Live) -> bool:
         try:
@@ -669,8 +675,8 @@ class Studio:
         return self._all_places().get(job.id)
 
     def _all_places(self) -> dict[str, scheduling.Place]:
-        """Places of all waiting jobs; computed when their number changes, and each half second."""
-        key = (self.history.count(JobStatus.PENDING), len(self._claimed), int(time.monotonic() * 2))
+        """Places of all waiting jobs; computed when one comes or goes, and each half second."""
+        key = (self._queue_moves, int(time.monotonic() * 2))
         if key != self._places_key:
             self._places = scheduling.places(
                 self.waiting, self._busy_seconds(), self.speeds.run_seconds
