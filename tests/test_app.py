@@ -184,12 +184,15 @@ def test_no_other_file_is_served(app: Served, path: str) -> None:
 
 
 def test_a_deleted_video_is_gone_at_once_and_from_disk_with_the_trash(
-    serve: Callable[..., Served],
+    serve: Callable[..., Served], tmp_path: Path
 ) -> None:
-    app = serve(MOCHI_TRASH_HOURS="0").ready()
+    cache = tmp_path / "gradio"
+    app = serve(GRADIO_TEMP_DIR=str(cache)).ready()
     job = app.ended(app.call("submit_job", prompt="soon gone", **QUICK)["id"])
     served = app.call("get_output_file", job_id=job["id"])["url"]
-    httpx.get(f"{app.url}{job['video_url']}").raise_for_status()
+    for url in (f"{app.url}{job['video_url']}", served):
+        httpx.get(url).raise_for_status()
+    assert not list(cache.rglob("*.mp4")), "Gradio keeps a copy that no delete would reach"
     app.call("delete_job", job_id=job["id"])
     for url in (f"{app.url}{job['video_url']}", f"{app.url}{job['poster_url']}", served):
         assert httpx.get(url).status_code in (403, 404)

@@ -93,7 +93,7 @@ BAD = [
     ("RESTART_BACKOFF", "0", "greater than 0"),
     ("RESTART_BACKOFF_MAX", "x", "valid number"),
     ("BROKEN_AFTER", "0", "greater than or equal to 1"),
-    ("DRAIN_SECONDS", "9", "less than or equal to 8"),
+    ("DRAIN_SECONDS", "9", "less than or equal to 4"),
     ("SLOTS", "", "slots separated by ';'"),
     ("SLOTS", "gpu", "slots separated by ';'"),
     ("SLOTS", "0;;1", "slots separated by ';'"),
