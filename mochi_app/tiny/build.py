@@ -253,7 +253,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the embedded model, untrained.")
     parser.add_argument("--output", type=Path, default=Path("assets/tiny-mochi"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--force", action="store_true", help="replace the model that is there")
     arguments = parser.parse_args()
+    if (arguments.output / "model_index.json").exists() and not arguments.force:
+        raise SystemExit(
+            f"{arguments.output} holds a model, perhaps a trained one: "
+            "pass --force to replace it with untrained weights, or another --output"
+        )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     save_pipeline(build_pipeline(arguments.seed), arguments.output, UNTRAINED_NOTICE)
     logger.info("%s: %.1f MiB", arguments.output, folder_mebibytes(arguments.output))
