@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from mochi_app.jobs import Conflict, Job, JobStatus, NotFound, RequestError
 from mochi_app.studio import Studio
-from tests.conftest import close_studio, eventually
+from tests.conftest import DEADLINE, close_studio, eventually
 
 MakeStudio = Callable[..., Awaitable[Studio]]
 ACTIVE = (JobStatus.PENDING, JobStatus.PROCESSING)
@@ -370,15 +371,28 @@ async def test_trash_hides_restores_and_empties(make_studio: MakeStudio) -> None
     assert left == []
 
 
-async def test_a_job_restored_while_the_trash_is_emptied_stays(make_studio: MakeStudio) -> None:
+async def test_a_job_restored_while_the_trash_is_emptied_stays(
+    make_studio: MakeStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
     studio = await make_studio()
     jobs = [await ended(studio, await studio.submit(prompt="p", seed=i)) for i in range(4)]
     for job in jobs:
         await studio.delete(job.id)
+    removing, gate, remove = threading.Event(), threading.Event(), studio.media.remove
+
+    def remove_slowly(job_id: str) -> None:
+        removing.set()
+        gate.wait(DEADLINE)
+        remove(job_id)
+
+    monkeypatch.setattr(studio.media, "remove", remove_slowly)
     emptying = asyncio.create_task(studio.empty_trash())
-    await eventually(lambda: len(studio.history) < 4)
-    await studio.restore(jobs[-1].id)
-    await emptying
+    await eventually(removing.is_set)
+    restoring = asyncio.create_task(studio.restore(jobs[-1].id))
+    await asyncio.sleep(0)  # it waits in line now, before the second removal
+    gate.set()
+    await restoring
+    assert await emptying == 3
     assert studio.status(jobs[-1].id)["status"] == "COMPLETED"
     assert studio.media.video_path(jobs[-1].id) is not None
 
