@@ -353,6 +353,7 @@ def test_a_client_that_leaves_changes_nothing_for_its_job(app: Served) -> None:
 
 def test_sixty_waiting_clients_do_not_starve_the_engine(app: Served) -> None:
     blocker = app.call("submit_job", prompt="in front", **LONG)
+    between = [app.call("submit_job", prompt="in between", **QUICK) for _ in range(10)]
 
     def wait(number: int) -> str:
         return str(
@@ -367,6 +368,7 @@ def test_sixty_waiting_clients_do_not_starve_the_engine(app: Served) -> None:
         paths = {future.result() for future in waiting}
     assert len(paths) == 1
     assert everybody["id"] in paths.pop()
+    assert [app.job(job["id"])["status"] for job in between] == ["COMPLETED"] * 10
     assert app.ended(app.call("submit_job", prompt="after", **QUICK)["id"])["status"] == "COMPLETED"
 
 

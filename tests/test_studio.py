@@ -270,12 +270,20 @@ async def test_a_run_whose_ticket_is_gone_asks_for_no_other(make_studio: MakeStu
     assert (await ended(studio, job)).status is JobStatus.CANCELLED
 
 
-async def test_a_cancel_of_a_job_whose_slot_just_died_is_kept(make_studio: MakeStudio) -> None:
+async def test_a_cancel_of_a_job_whose_slot_just_died_is_kept(
+    make_studio: MakeStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
     studio = await make_studio()
+    requeue = studio._interrupted
+
+    async def requeue_and_be_cancelled(job: Job, reason: str) -> None:
+        await requeue(job, reason)
+        await studio.cancel(job.id)
+
+    monkeypatch.setattr(studio, "_interrupted", requeue_and_be_cancelled)
     job = await studio.submit(prompt="slow", num_inference_steps=400)
     await running(studio, job)
     os.kill(studio.pool.slots[0].slot.pids[0], signal.SIGKILL)
-    await studio.cancel(job.id)
     assert (await ended(studio, job)).status is JobStatus.CANCELLED
 
 
