@@ -16,9 +16,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from playwright import sync_api
-from playwright.sync_api import Browser, BrowserContext, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
-from tests.serving import Served
+from tests.serving import Served, poll
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 CHROMIUM_ARGS = (
@@ -129,10 +129,17 @@ def generate(page: Page, prompt: str, **settings: int) -> str:
     if settings:
         open_settings(page)
     for label, value in settings.items():
-        page.get_by_label(f"number input for {label}", exact=True).fill(str(value))
-        page.keyboard.press("Tab")
+        number = page.get_by_label(f"number input for {label}", exact=True)
         slider = page.get_by_label(f"range slider for {label}", exact=True)
-        expect(slider).to_have_value(str(value))
+
+        def set_it(number: Locator = number, slider: Locator = slider, value: int = value) -> bool:
+            number.fill(str(value))
+            page.keyboard.press("Tab")
+            page.evaluate(TWO_FRAMES)
+            return slider.input_value() == str(value)
+
+        # An accordion that has just opened may still write its own value over the first one.
+        poll(set_it, f"{label} to be {value}", PATIENCE)
     before = page.url
     page.click("#mochi-generate")
     page.wait_for_url(lambda url: url != before)
