@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
@@ -71,18 +71,6 @@ def parse_slots(value: Any) -> Any:
     return tuple(slots)
 
 
-def one_rank_each(slots: tuple[SlotSpec, ...]) -> tuple[SlotSpec, ...]:
-    """Refuse slots of several ranks, which the engine cannot run yet.
-
-    Raises:
-        ValueError: naming the first such slot.
-    """
-    for slot in slots:
-        if slot.world_size > 1:
-            raise ValueError(f"slot '{slot}' has {slot.world_size} ranks; expected one a slot")
-    return slots
-
-
 Steps = Annotated[int, Field(ge=2, le=512)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -102,12 +90,11 @@ class Settings(BaseSettings):
         tuple[SlotSpec, ...],
         NoDecode,
         BeforeValidator(parse_slots),
-        AfterValidator(one_rank_each),
         Field(min_length=1),
     ] = Field(
         default=(SlotSpec(("cpu",)),),
-        description="Engine slots: `;` between slots, one entry per rank. "
-        "`0;1` is two slots of one GPU, `cpu;cpu` two on the CPU.",
+        description="Engine slots: `;` between slots, one entry per rank. `0,1,2,3;4,5,6,7` is two "
+        "slots of four GPUs, which make one video together; `cpu*2` is a slot of two CPU ranks.",
     )
     data_dir: Path = Field(
         default=Path("data"),
@@ -152,6 +139,23 @@ class Settings(BaseSettings):
         pattern="^(auto|float32|bfloat16)$",
         description="Weights and arithmetic: `float32`, `bfloat16`; `auto` is bfloat16 on a GPU, "
         "float32 on a CPU.",
+    )
+    text_dtype: str = Field(
+        default="auto",
+        pattern="^(auto|float32|bfloat16)$",
+        description="The text encoder's: `auto` is float32, as the model's authors run it; "
+        "`bfloat16` halves its memory on the first rank.",
+    )
+    vae_dtype: str = Field(
+        default="auto",
+        pattern="^(auto|float32|bfloat16)$",
+        description="The decoder's: `auto` is that of `MOCHI_DTYPE`.",
+    )
+    attention: str = Field(
+        default="native",
+        min_length=1,
+        description="Attention backend by diffusers' name: `native`, `flash`, `sage`, "
+        "`_native_cudnn`, …",
     )
     threads: int = Field(
         default=0, ge=0, description="CPU threads per rank; 0 shares the cores among the CPU ranks."

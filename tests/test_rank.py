@@ -58,6 +58,8 @@ class Engine:
     device, versions = "fake", {}
 
     def run(self, request, emit, cancelled):
+        if cancelled():
+            return None
         word, _, rest = request.prompt.partition(" ")
         emit(Stage(job_id=request.job_id, stage="text"))
         if word == "file":

@@ -252,3 +252,42 @@ async def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
     parent.kill()
     await parent.wait()
     await eventually(lambda: not alive(child), "the orphan's end", 5)
+
+
+async def test_ranks_of_a_slot_are_one(make_slot: MakeSlot) -> None:
+    slot = make_slot(slots="cpu*2")
+    await slot.start()
+    pids = slot.pids
+    assert len(set(pids)) == 2
+    assert (await slot.run(request(), ignore)).job_id == "job"
+    assert slot.pids == pids
+    os.kill(pids[1], signal.SIGKILL)
+    assert "rank 1" in await slot.died()
+    assert slot.state is SlotState.DOWN
+    await eventually(lambda: not any(alive(pid) for pid in pids))
+    await slot.start()
+    assert not set(slot.pids) & set(pids)
+
+
+async def test_a_failed_job_of_a_group_costs_no_blame(make_slot: MakeSlot) -> None:
+    slot = make_slot(slots="cpu*2")
+    await slot.start()
+    with pytest.raises(JobFailed, match="asked to fail"):
+        await slot.run(request("fail"), ignore)
+    assert "start anew" in await slot.died()
+    assert slot.blameless
+    await slot.start()
+    assert not slot.blameless
+
+
+async def test_a_group_whose_other_ranks_are_through_survives_a_failed_encode(
+    make_slot: MakeSlot,
+) -> None:
+    slot = make_slot(slots="cpu*2")
+    await slot.start()
+    pids = slot.pids
+    with pytest.raises(JobFailed):
+        await slot.run(request("no frames"), ignore)
+    assert slot.state is SlotState.READY
+    assert slot.pids == pids
+    assert (await slot.run(request(job_id="next"), ignore)).job_id == "next"

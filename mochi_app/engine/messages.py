@@ -28,8 +28,11 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configure(Message):
-    """First message to a rank: what to load and where to write. `device` is cpu or cuda,
-    `dtype` auto, float32 or bfloat16."""
+    """First message to a rank: what to load, with whom, and where to write.
+
+    `device` is cpu or cuda; each `dtype` auto, float32 or bfloat16. `rendezvous` is the path of a
+    file that does not exist yet, where the ranks of a slot meet; empty for a single rank.
+    """
 
     slot: int
     rank: int
@@ -39,6 +42,10 @@ class Configure(Message):
     dtype: str
     scratch: str
     threads: int = 0
+    rendezvous: str = ""
+    text_dtype: str = "auto"
+    vae_dtype: str = "auto"
+    attention: str = "native"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +62,7 @@ class Run(Message):
     width: int
     num_frames: int
     fps: int
+    schedule: str = "linear_quadratic"
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -117,6 +125,14 @@ class Step(JobEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles(JobEvent):
+    """`done` of `total` tiles are decoded, by all ranks together."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Latent(JobEvent):
     """A small picture of the state after `step`: `image` is a data URL."""
 
@@ -139,6 +155,11 @@ class Done(JobEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Followed(JobEvent):
+    """A rank other than the first has done its part; the first will say what came of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Failed(JobEvent):
     """The job failed. With `poisoned` the process cannot be trusted and will be replaced."""
 
@@ -155,7 +176,7 @@ _TYPES: dict[str, type[Message]] = {
     kind.__name__: kind
     for kind in (
         Configure, Run, Cancel, Shutdown, Heartbeat, Loading, Ready,
-        Stage, Step, Latent, Done, Failed, Cancelled,
+        Stage, Step, Tiles, Latent, Done, Followed, Failed, Cancelled,
     )
 }  # fmt: skip
 

@@ -1,8 +1,12 @@
 """Load a MochiPipeline and run one request through it: text, denoise, decode.
 
-Owns the model in this process and the exactness promise: the frames of a request are those of a
-plain `MochiPipeline(...)` call with the same arguments and a CPU generator, bit for bit. It does
-not own the process (`rank.py`) or files (`encode.py`).
+Owns the model in this process and the exactness promise: in float32 on one rank, the frames of a
+request are those of a plain `MochiPipeline(...)` call with the same arguments and a CPU generator,
+bit for bit. With bfloat16 weights it keeps in float32 what the model's authors do: the latents
+between steps, the rotary frequencies, and the text encoder unless told otherwise. Over several
+ranks every rank runs the same code: the first reads the text and has the frames, and what stops one
+stops all at the same boundary. It does not own the process (`rank.py`), the layout of the
+transformer (`parallel.py`) or files (`encode.py`).
 """
 
 from __future__ import annotations
@@ -13,9 +17,7 @@ import hashlib
 import io
 import json
 import logging
-import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,20 +31,27 @@ import transformers
 from diffusers import MochiPipeline
 from PIL import Image
 
+from mochi_app.engine.decode import decode
 from mochi_app.engine.encode import Frames
-from mochi_app.engine.messages import Configure, Latent, Loading, Message, Run, Stage, Step
+from mochi_app.engine.group import Ranks
+from mochi_app.engine.loading import (
+    LoadError,
+    Precision,
+    choose_attention,
+    choose_device,
+    open_pipeline,
+    quiet_libraries,
+)
+from mochi_app.engine.messages import Configure, Latent, Loading, Message, Run, Stage, Step, Tiles
+from mochi_app.engine.parallel import ParallelHandle, parallelize
+from mochi_app.engine.schedule import SCHEDULES, MochiScheduler
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PICTURE_SIDE = 160
 PICTURE_SECONDS = 0.7
 
 Emit = Callable[[Message], None]
-
-
-class LoadError(RuntimeError):
-    """The model cannot be loaded as configured. The message says what was given and expected."""
 
 
 class Stopped(Exception):
@@ -53,11 +62,12 @@ class Stopped(Exception):
 class Result:
     """A finished run.
 
-    `frames` is RGB, uint8, shape (F, H, W, 3). `seconds` has text, denoise and decode. The hashes
-    are SHA-256: of the first latents as float32, and of the raw frames.
+    `frames` is RGB, uint8, shape (F, H, W, 3); None on ranks other than the first. `seconds` has
+    text, denoise and decode. The hashes are SHA-256: of the first latents as float32, and of the
+    raw frames (empty without any).
     """
 
-    frames: Frames
+    frames: Frames | None
     seconds: Mapping[str, float]
     latents_hash: str
     frames_hash: str
@@ -65,7 +75,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class TextEmbeddings:
-    """What the text encoder says: embeddings (1, L, D), masks (1, L).
+    """What the text encoder says, in float32: embeddings (1, L, D), masks (1, L).
 
     The negative ones are None without guidance.
     """
@@ -81,6 +91,7 @@ def load(config: Configure, emit: Emit) -> Engine:
 
     Raises:
         LoadError: no such folder, no such device, or a model that yields no finite numbers.
+        LayoutError: the model's attention heads cannot be split over the ranks.
     """
     device = choose_device(config)
     if config.threads:
@@ -88,77 +99,50 @@ def load(config: Configure, emit: Emit) -> Engine:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     quiet_libraries()
-    pipe = open_pipeline(config.model, choose_dtype(config.dtype, device)).to(device)
+    ranks = Ranks.join(config.rank, config.world_size, config.rendezvous, device)
+    pipe = open_pipeline(config.model, Precision.choose(config, device), device, text=ranks.first)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_tiling()  # takes effect above 256 pixels a side only
-    engine = Engine(pipe, LatentColours.read(Path(config.model) / "latent_rgb.json"))
+    if config.attention != "native":
+        choose_attention(pipe, config.attention)
+    engine = Engine(pipe, LatentColours.read(Path(config.model) / "latent_rgb.json"), ranks)
     emit(Loading(what="warming up"))
     engine.warm_up()
     return engine
 
 
-def choose_device(config: Configure) -> torch.device:
-    """The device of this rank: the one GPU that it can see, or the CPU."""
-    if config.device not in ("cpu", "cuda"):
-        raise LoadError(f"device {config.device!r}: expected cpu or cuda")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
-        raise LoadError(f"torch {torch.__version__} sees no GPU (CUDA_VISIBLE_DEVICES {seen})")
-    return torch.device(config.device)
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`float32`, `bfloat16`, or `auto`: bfloat16 on a GPU, float32 on a CPU."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    if name not in DTYPES:
-        raise LoadError(f"dtype {name!r}: expected auto, {' or '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def quiet_libraries() -> None:
-    """Keep the log for what matters: no progress bars, which events stand for, and no advice."""
-    # Mochi's rope asks for float32 under autocast, which on a CPU is what it has anyway.
-    warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-
-
-def open_pipeline(model: str, dtype: torch.dtype) -> MochiPipeline:
-    """`MochiPipeline.from_pretrained` for a folder or a Hub id, bf16 files first for bfloat16.
-
-    Raises:
-        LoadError: `model` looks like a folder and is not one of a pipeline.
-    """
-    folder = Path(model).expanduser()
-    local = folder.is_dir()
-    if local or folder.is_absolute() or model.startswith("."):
-        if not (folder / "model_index.json").is_file():
-            raise LoadError(f"{model}: expected a MochiPipeline folder with a model_index.json")
-        model = str(folder)
-    variants: list[str | None] = [None]
-    if dtype is torch.bfloat16 and (not local or any(folder.glob("*/*.bf16*.safetensors"))):
-        variants = ["bf16", None]
-    for variant in variants:
-        try:
-            return MochiPipeline.from_pretrained(model, dtype=dtype, variant=variant)
-        except ValueError as error:
-            if variant is None or "variant" not in str(error):
-                raise
-    raise AssertionError("the last variant returns or raises")
-
-
 class Engine:
-    """A loaded pipeline, running one request at a time."""
+    """A loaded pipeline, running one request at a time, on this rank and its peers."""
 
-    def __init__(self, pipe: MochiPipeline, colours: LatentColours | None = None) -> None:
+    def __init__(
+        self,
+        pipe: MochiPipeline,
+        colours: LatentColours | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
                 part.eval()  # a pipeline made by constructors still has dropout
         self._pipe = pipe
         self._colours = colours
+        self._ranks = ranks or Ranks()
+        pipe.scheduler = MochiScheduler.from_config(pipe.scheduler.config)
+        self._parallel: ParallelHandle | None = None
+        self._shape = (0, 0)
+        for guided in (False, True):
+            self._spread(guided)  # what cannot be spread shows now
+
+    def _spread(self, guided: bool) -> None:
+        """Lay the transformer out over the ranks as a run with or without guidance wants it."""
+        heads = self._pipe.transformer.config.num_attention_heads
+        shape = self._ranks.shape_for(guided, heads)
+        if shape == self._shape:
+            return
+        if self._parallel is not None:
+            self._parallel.remove()
+            self._parallel = None
+        self._parallel = parallelize(self._pipe.transformer, self._ranks.mesh(shape))
+        self._shape = shape
 
     @property
     def device(self) -> str:
@@ -185,7 +169,8 @@ class Engine:
         self.run(smallest, emit=lambda message: None, cancelled=lambda: False)
 
     def run(self, request: Run, emit: Emit, cancelled: Callable[[], bool]) -> Result | None:
-        """Make the frames of `request`; None if `cancelled` said so at a stage or step boundary.
+        """Make the frames of `request`; None if `cancelled` said so at a stage or step boundary,
+        here or on another rank.
 
         Whatever happens, the pipeline is left as it was: the next run's frames do not depend on
         this one.
@@ -194,16 +179,23 @@ class Engine:
             ArithmeticError: the model yielded infinities or NaN.
             RuntimeError: whatever torch raises, out of memory included.
         """
-        clock = StageClock(request.job_id, emit, cancelled, self._synchronize)
+        ranks = self._ranks
+
+        def stopped() -> bool:
+            return ranks.agree(cancelled())
+
+        said = emit if ranks.first else unsaid
+        clock = StageClock(request.job_id, said, stopped, self._synchronize)
+        self._spread(request.guidance_scale > 1.0)
         try:
             with torch.no_grad():
                 with clock.stage("text"):
                     text = self._encode_text(request)
                 with clock.stage("denoise"):
-                    first = self._first_latents(request, text.prompt_embeds.dtype)
-                    latents = self._denoise(request, text, first, emit, cancelled)
+                    first = self._first_latents(request)
+                    latents = self._denoise(request, text, first, said, stopped)
                 with clock.stage("decode"):
-                    frames = self._decode(latents)
+                    frames = self._decode(latents, request, said, stopped)
         except Stopped:
             return None
         finally:
@@ -212,7 +204,7 @@ class Engine:
             frames=frames,
             seconds=clock.seconds,
             latents_hash=sha256(first.float().cpu().numpy()),
-            frames_hash=sha256(frames),
+            frames_hash="" if frames is None else sha256(frames),
         )
 
     def free(self) -> None:
@@ -222,20 +214,35 @@ class Engine:
             torch.cuda.empty_cache()
 
     def _encode_text(self, request: Run) -> TextEmbeddings:
-        """Both prompts, one at a time as the pipeline does it; no negative one without guidance."""
-        return TextEmbeddings(
-            *self._pipe.encode_prompt(
+        """Both prompts, one at a time as the pipeline does it; no negative one without guidance.
+
+        The first rank reads them, the others are told.
+        """
+        guided = request.guidance_scale > 1.0
+        device = self._pipe._execution_device
+        if self._ranks.first:
+            parts = self._pipe.encode_prompt(
                 prompt=request.prompt,
                 negative_prompt=request.negative_prompt,
-                do_classifier_free_guidance=request.guidance_scale > 1.0,
-                device=self._pipe._execution_device,
+                do_classifier_free_guidance=guided,
+                device=device,
             )
-        )
+            parts = [part if part is None or part.dtype is torch.bool else part.float()
+                     for part in parts]  # fmt: skip
+        else:
+            config = self._pipe.transformer.config
+            shape = (1, config.max_sequence_length, config.text_embed_dim)
+            embeds = [torch.empty(shape, device=device) for _ in range(2)]
+            masks = [torch.empty(shape[:2], dtype=torch.bool, device=device) for _ in range(2)]
+            parts = [embeds[0], masks[0], embeds[1], masks[1]] if guided else [
+                embeds[0], masks[0], None, None]  # fmt: skip
+        self._ranks.share([part for part in parts if part is not None])
+        return TextEmbeddings(*parts)
 
-    def _first_latents(self, request: Run, dtype: torch.dtype) -> torch.Tensor:
-        """Noise of shape (1, 12, (F-1)/6+1, H/8, W/8), drawn on the CPU.
+    def _first_latents(self, request: Run) -> torch.Tensor:
+        """Noise of shape (1, 12, (F-1)/6+1, H/8, W/8) in float32, drawn on the CPU.
 
-        It depends on seed, size and frames only: not on the steps, and not on the device.
+        It depends on seed, size and frames only: not on the steps, the device or the weights' type.
         """
         latents: torch.Tensor = self._pipe.prepare_latents(
             1,
@@ -243,7 +250,7 @@ class Engine:
             request.height,
             request.width,
             request.num_frames,
-            dtype,
+            torch.float32,
             self._pipe._execution_device,
             torch.Generator("cpu").manual_seed(request.seed),
         )
@@ -259,6 +266,16 @@ class Engine:
     ) -> torch.Tensor:
         """All steps, from the first latents to the last, same shape."""
         watcher = StepWatcher(request, first, emit, cancelled, self._synchronize, self._colours)
+        with self._pipe.scheduler.planned(SCHEDULES[request.schedule]):
+            latents = self._steps(request, text, first, watcher)
+        if not torch.isfinite(latents).all():
+            raise ArithmeticError("the model yielded numbers that are not finite")
+        return latents
+
+    def _steps(
+        self, request: Run, text: TextEmbeddings, first: torch.Tensor, watcher: StepWatcher
+    ) -> torch.Tensor:
+        """The pipeline's own loop, from latents to latents."""
         latents: torch.Tensor = self._pipe(
             height=request.height,
             width=request.width,
@@ -275,15 +292,20 @@ class Engine:
             callback_on_step_end_tensor_inputs=["latents"],
             return_dict=False,
         )[0]
-        if not torch.isfinite(latents).all():
-            raise ArithmeticError("the model yielded numbers that are not finite")
         return latents
 
-    def _decode(self, latents: torch.Tensor) -> Frames:
-        """Latents (1, 12, T, h, w) to RGB frames (6T-5, 8h, 8w, 3).
+    def _decode(
+        self,
+        latents: torch.Tensor,
+        request: Run,
+        emit: Emit,
+        cancelled: Callable[[], bool],
+    ) -> Frames | None:
+        """Latents (1, 12, T, h, w) to RGB frames (6T-5, 8h, 8w, 3), by the tiles of all ranks.
 
-        The arithmetic of `MochiPipeline.__call__` after its loop, and of `VaeImageProcessor` after
-        that, with the rounding to bytes done on the device: a quarter of the traffic to the host.
+        None on ranks other than the first. The arithmetic of `MochiPipeline.__call__` after its
+        loop, and of `VaeImageProcessor` after that, with the rounding to bytes done on the device:
+        a quarter of the traffic to the host.
         """
         config = self._pipe.vae.config
         if config.latents_mean is not None and config.latents_std is not None:
@@ -294,7 +316,15 @@ class Engine:
             latents = latents * std / config.scaling_factor + mean
         else:
             latents = latents / config.scaling_factor
-        video = self._pipe.vae.decode(latents, return_dict=False)[0]
+
+        def between(done: int, total: int) -> None:
+            emit(Tiles(job_id=request.job_id, done=done, total=total))
+            if 0 < done < total:
+                stop_if(cancelled)
+
+        video = decode(self._pipe.vae, latents.to(self._pipe.vae.dtype), self._ranks.group, between)
+        if video is None:
+            return None
         video = self._pipe.video_processor.postprocess_video(video, output_type="pt")[0]
         pixels = (video.float() * 255).round().to(torch.uint8)  # F, 3, H, W
         frames: Frames = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
@@ -445,6 +475,10 @@ def forecast(before: torch.Tensor, after: torch.Tensor, sigmas: torch.Tensor) ->
     """
     here, there = (float(sigma) for sigma in sigmas)
     return after + (1 - there) / (there - here) * (after - before)
+
+
+def unsaid(message: Message) -> None:
+    """The emit of a rank that does not speak for its slot."""
 
 
 def stop_if(cancelled: Callable[[], bool]) -> None:

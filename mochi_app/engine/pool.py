@@ -14,7 +14,9 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+from mochi_app.engine.provision import Provision
 from mochi_app.engine.slot import ENGINE_COMMAND, Slot, SlotDied, SlotState
+from mochi_app.engine.weights import WEIGHTS_COMMAND, WeightsError
 from mochi_app.settings import Settings, SlotSpec
 
 log = logging.getLogger(__name__)
@@ -32,8 +34,9 @@ def threads_per_rank(settings: Settings) -> int:
 class SupervisedSlot:
     """A slot with its supervisor's view of it: deaths in a row, when it is tried again."""
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, slot: Slot, provision: Provision) -> None:
         self.slot = slot
+        self._provision = provision
         self.leased = False
         self.deaths = 0
         self.restarts = 0
@@ -53,6 +56,8 @@ class SupervisedSlot:
         if self.slot.state is SlotState.DOWN:
             state = "broken" if self.broken else "restarting" if self.retry_at else "down"
             detail = self.reason or detail
+            if self._provision.detail and not self.retry_at:
+                state, detail = "loading", self._provision.detail
         elif self.slot.state in (SlotState.STARTING, SlotState.LOADING):
             detail = f"{detail}, {time.monotonic() - self.slot.since:.0f} s"
         retry = max(0.0, self.retry_at - time.monotonic()) if self.retry_at else None
@@ -77,6 +82,7 @@ class Pool:
         scratch: Callable[[int], Path],
         *,
         command: Sequence[str] = ENGINE_COMMAND,
+        weights_command: Sequence[str] = WEIGHTS_COMMAND,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.on_change = on_change
@@ -85,9 +91,10 @@ class Pool:
         self._supervisors: list[asyncio.Task[None]] = []
         self._runs: dict[asyncio.Task[None], SupervisedSlot] = {}
         self._stopping = False
+        self._provision = Provision(settings, lambda: self.on_change(), weights_command)
         threads = threads_per_rank(settings)
         self.slots = [
-            SupervisedSlot(self._make_slot(index, spec, threads, command))
+            SupervisedSlot(self._make_slot(index, spec, threads, command), self._provision)
             for index, spec in enumerate(settings.slots)
         ]
 
@@ -111,10 +118,12 @@ class Pool:
         ]
 
     async def _supervise(self, supervised: SupervisedSlot) -> None:
-        """Start, wait for the end, back off, again: for ever."""
+        """Fetch the model, start, wait for the end, back off, again: for ever."""
         slot = supervised.slot
         while True:
+            certain = False
             try:
+                slot.model = await self._provision.folder()
                 await slot.start()
                 supervised.broken, supervised.reason = False, ""
                 started = time.monotonic()
@@ -123,14 +132,16 @@ class Pool:
                     supervised.deaths = 0  # it stood long enough: not one failure after another
             except SlotDied as error:
                 reason = str(error)
+            except WeightsError as error:
+                reason, certain = str(error), not error.retry
             except Exception as error:
                 log.exception("slot %d: its supervisor stumbled", slot.index)
                 reason = f"{type(error).__name__}: {error}"
                 await slot.stop(grace=0)
-            supervised.deaths += 1
+            supervised.deaths += not slot.blameless
             supervised.restarts += 1
             supervised.reason = reason
-            supervised.broken = supervised.deaths >= self._settings.broken_after
+            supervised.broken = certain or supervised.deaths >= self._settings.broken_after
             delay = self._backoff(supervised)
             log.warning(
                 "slot %d died: %s; restart in %.1f s (death %d in a row)",
@@ -145,7 +156,8 @@ class Pool:
         most = self._settings.restart_backoff_max
         if supervised.broken:
             return most
-        return min(most, self._settings.restart_backoff * 2.0 ** (supervised.deaths - 1))
+        deaths = max(1, supervised.deaths)
+        return min(most, self._settings.restart_backoff * 2.0 ** (deaths - 1))
 
     def ready_slot(self) -> SupervisedSlot | None:
         """The first slot that could take a job now."""
@@ -191,6 +203,7 @@ class Pool:
         for task in self._supervisors:
             task.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
+        await self._provision.stop()
         await asyncio.gather(*(slot.slot.stop() for slot in self.slots), return_exceptions=True)
         if self._runs:  # their slots are gone, so they end now
             await asyncio.wait(list(self._runs), timeout=drain_seconds)

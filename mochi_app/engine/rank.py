@@ -35,6 +35,7 @@ from mochi_app.engine.messages import (
     Configure,
     Done,
     Failed,
+    Followed,
     Heartbeat,
     JobEvent,
     Loading,
@@ -62,10 +63,13 @@ Emit = Callable[[Message], None]
 
 
 class Result(Protocol):
-    """What a run yields. `seconds` by stage: text, denoise, decode; `frames` RGB (F, H, W, 3)."""
+    """What a run yields. `seconds` by stage: text, denoise, decode; `frames` RGB (F, H, W, 3).
+
+    Only the first rank has frames; the others have None.
+    """
 
     @property
-    def frames(self) -> Frames: ...
+    def frames(self) -> Frames | None: ...
     @property
     def seconds(self) -> Mapping[str, float]: ...
     @property
@@ -77,8 +81,9 @@ class Result(Protocol):
 class Engine(Protocol):
     """A loaded model, as far as this module is concerned.
 
-    `run` sends its own Stage, Step and Latent events, asks `cancelled` at every boundary, and
-    returns None when it stopped for that reason. `free` gives memory back after a failed run.
+    `run` sends its own Stage, Step and Latent events, asks `cancelled` at every boundary, the
+    first before any work, and returns None when it stopped for that reason; all ranks of a slot
+    stop at the same boundary. `free` gives memory back after a failed run.
     """
 
     @property
@@ -213,9 +218,9 @@ def main(argv: Sequence[str] | None = None, loader: Loader = load_mochi) -> int:
     while (request := inbox.take()) is not None:
         outcome = attempt(engine, config, request, channel.send, inbox.cancelled)
         inbox.finish()
-        channel.send(outcome)
         if isinstance(outcome, Failed):
             engine.free()
+        channel.send(outcome)
     return 0
 
 
@@ -287,8 +292,6 @@ def attempt(
 ) -> JobEvent:
     """Run one job and return how it ended; an ordinary exception is an outcome, not a crash."""
     try:
-        if cancelled():
-            return Cancelled(job_id=request.job_id)
         return make_video(engine, config, request, emit, cancelled)
     except Exception as error:
         logger.exception("job %s failed", request.job_id)
@@ -305,6 +308,8 @@ def make_video(
     result = engine.run(request, emit, cancelled)
     if result is None or cancelled():
         return Cancelled(job_id=request.job_id)
+    if result.frames is None:
+        return Followed(job_id=request.job_id)
     emit(Stage(job_id=request.job_id, stage="encode"))
     started = time.perf_counter()
     output = media.save(

@@ -252,10 +252,12 @@ class Slot:
         self.index = index
         self.spec = spec
         self.scratch = scratch
+        self.model: Path | None = None  # the folder to load, where it is not what the settings name
         self.state = SlotState.DOWN
         self.detail = "not started"
         self.since = time.monotonic()
         self.epoch = 0
+        self.blameless = False  # its last end was no fault of the slot
         self.versions: dict[str, str] = {}
         self.load_seconds: float | None = None
         self._settings = settings
@@ -272,6 +274,7 @@ class Slot:
         self._job_id: str | None = None
         self._on_event: Callable[[messages.JobEvent], None] | None = None
         self._cancelling = False
+        self._followed = 0  # ranks other than the first that have done their part of the job
 
     @property
     def pids(self) -> list[int]:
@@ -300,9 +303,12 @@ class Slot:
         assert self.state is SlotState.DOWN, f"slot {self.index} is {self.state}"
         loop = asyncio.get_running_loop()
         self.epoch += 1
+        self.blameless = False
+        self._rendezvous.unlink(missing_ok=True)
         self._all_ready, self._death = loop.create_future(), loop.create_future()
         self._ranks = [RankProcess(i, device) for i, device in enumerate(self.spec.devices)]
-        self._set(SlotState.STARTING, "starting the process")
+        many = "processes" if self.spec.world_size > 1 else "process"
+        self._set(SlotState.STARTING, f"starting the {many}")
         self._set_deadline("start", self._settings.start_timeout, "did not report")
         try:
             for rank in self._ranks:
@@ -329,12 +335,21 @@ class Slot:
             slot=self.index,
             rank=rank.rank,
             world_size=self.spec.world_size,
-            model=self._settings.model,
+            model=str(self.model or self._settings.model),
             device="cpu" if rank.device == "cpu" else "cuda",
             dtype=self._settings.dtype,
             scratch=str(self.scratch),
             threads=self._threads,
+            rendezvous=str(self._rendezvous) if self.spec.world_size > 1 else "",
+            text_dtype=self._settings.text_dtype,
+            vae_dtype=self._settings.vae_dtype,
+            attention=self._settings.attention,
         )
+
+    @property
+    def _rendezvous(self) -> Path:
+        """Where the ranks of this start meet; killed ranks leave the file behind."""
+        return self.scratch / f"rendezvous-{self.epoch}"
 
     async def died(self) -> str:
         """Wait until the processes are gone, and say why. For a slot that has started."""
@@ -382,6 +397,7 @@ class Slot:
             rank.kill()
             await rank.close()
         self._deadlines.clear()
+        self._rendezvous.unlink(missing_ok=True)
         if self.state is not SlotState.DOWN:
             reason = self._death.result() if self._death and self._death.done() else ""
             self._set(SlotState.DOWN, reason)
@@ -437,6 +453,10 @@ class Slot:
                 self._set(SlotState.LOADING, message.what)
             case messages.Ready():
                 self._take_ready(rank, message)
+            case messages.Followed() if message.job_id == self._job_id:
+                self._followed += 1
+            case messages.Failed() if message.job_id == self._job_id:
+                self._take_job_event(message)
             case messages.JobEvent() if message.job_id == self._job_id and rank.rank == 0:
                 self._take_job_event(message)
 
@@ -455,7 +475,7 @@ class Slot:
             if self._outcome is not None and not self._outcome.done():
                 self._outcome.set_result(message)
             return
-        if isinstance(message, messages.Step | messages.Stage):
+        if isinstance(message, messages.Step | messages.Stage | messages.Tiles):
             self._progressed(f"job {message.job_id}")
         if self._on_event is not None:
             self._on_event(message)
@@ -476,6 +496,7 @@ class Slot:
             raise SlotDied(self.detail or f"slot {self.index} is {self.state}")
         self._outcome = asyncio.get_running_loop().create_future()
         self._job_id, self._on_event, self._cancelling = request.job_id, on_event, False
+        self._followed = 0
         self._set(SlotState.BUSY)
         self._progressed(f"job {request.job_id}")
         try:
@@ -502,11 +523,18 @@ class Slot:
                 raise JobCancelled
             case messages.Failed():
                 if not outcome.poisoned:
+                    self._renew_group()
                     raise JobFailed(outcome.error)
                 self._die(f"the process cannot be used any more: {outcome.error}")
         if self._cancelling:
             raise JobCancelled
         raise SlotDied(self._death.result())
+
+    def _renew_group(self) -> None:
+        """After a failed job, ranks that did not come to its end may wait for a lost one."""
+        if self._followed < self.spec.world_size - 1:
+            self.blameless = True
+            self._die("a job failed, and its ranks start anew")
 
     def cancel(self, job_id: str) -> None:
         """Ask for the job to stop at its next boundary; the slot is killed if that takes long."""

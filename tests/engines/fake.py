@@ -5,6 +5,7 @@ The behaviour says how it loads; the prompt says how a job goes:
     "hang"         never ends, heartbeat goes on   "poison"  raises a CUDA error
     "kill"         SIGKILL to itself at step 2     "stop"    SIGSTOP to itself at step 2
     "kill once F"  as "kill", unless the file F exists, which it makes
+    "no frames"    what cannot be encoded
     anything else  0.002 s a step
 """
 
@@ -27,14 +28,15 @@ Emit = Callable[[Message], None]
 
 @dataclass
 class FakeResult:
-    frames: np.ndarray
+    frames: np.ndarray | None
     seconds: dict[str, float]
     latents_hash: str
     frames_hash: str
 
 
 class FakeEngine:
-    def __init__(self) -> None:
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
         self.device = "fake"
         self.versions = {"fake": "1"}
 
@@ -62,8 +64,10 @@ class FakeEngine:
         emit(Stage(job_id=request.job_id, stage="decode"))
         shape = (request.num_frames, request.height, request.width, 3)
         frames = np.random.default_rng(request.seed).integers(0, 255, shape, dtype=np.uint8)
+        if request.prompt == "no frames":
+            frames = frames[:, :, :, :1]
         return FakeResult(
-            frames,
+            None if self.rank else frames,
             {"text": 0.001, "denoise": time.perf_counter() - began, "decode": 0.001},
             hashlib.sha256(str(request.seed).encode()).hexdigest(),
             hashlib.sha256(frames.tobytes()).hexdigest(),
@@ -100,7 +104,7 @@ def load(config: Configure, emit: Emit) -> FakeEngine:
             time.sleep(3600)
         case ["garbage"]:
             os.write(int(sys.argv[3]), b"{not json}\n")
-    return FakeEngine()
+    return FakeEngine(config.rank)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""The ranks of one slot as one of them sees the others: rendezvous, agreement, text, meshes.
+
+Owns the process group. GPUs talk over NCCL, with gloo beside it for what lies in host memory (the
+agreements); CPU ranks talk over gloo alone. Ranks find each other through a file of their slot, so
+no port is fixed and nothing listens beyond loopback.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from mochi_app.engine.parallel import CFG, SP, mesh_shape
+
+# The slot has the deadlines and kills what hangs; a rank that waits for a slow peer does no harm.
+PATIENCE = timedelta(days=1)
+
+
+class Ranks:
+    """All ranks of the slot. Alone (`size` 1) every method is free of communication."""
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device or torch.device("cpu")
+        self._meshes: dict[tuple[int, int], DeviceMesh] = {}
+
+    @classmethod
+    def join(cls, rank: int, size: int, rendezvous: str, device: torch.device) -> Ranks:
+        """Wait for all `size` ranks at the file `rendezvous`, which must not exist before."""
+        if size == 1:
+            return cls(device=device)
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, "lo")
+        on_gpu = device.type == "cuda"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=size,
+            timeout=PATIENCE,
+            device_id=torch.device("cuda", 0) if on_gpu else None,
+        )
+        return cls(rank, size, device)
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank speaks for the slot: it reads text and writes the video."""
+        return self.rank == 0
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group of all ranks; None when alone."""
+        return dist.group.WORLD if self.size > 1 else None
+
+    def mesh(self, shape: tuple[int, int]) -> DeviceMesh | None:
+        """All ranks as (cfg, sp), made once for each shape; None when alone. Collective."""
+        if self.size == 1:
+            return None
+        if shape not in self._meshes:
+            self._meshes[shape] = init_device_mesh(
+                self.device.type, shape, mesh_dim_names=(CFG, SP)
+            )
+        return self._meshes[shape]
+
+    def shape_for(self, guided: bool, heads: int) -> tuple[int, int]:
+        """The mesh for a run with or without guidance.
+
+        Where the heads cannot be split over all ranks, a run without guidance leaves the cfg axis
+        idle: both halves compute the same.
+        """
+        cfg, sp = mesh_shape(self.size, guided)
+        return (cfg, sp) if heads % sp == 0 else mesh_shape(self.size)
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank says so. Every rank must ask at the same point."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags.item())
+
+    def share(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Fill the tensors of all ranks with those of the first, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)

@@ -1,0 +1,138 @@
+"""Read a pipeline's weights: which device, which types, which files; from a local folder.
+
+Owns the way from a folder to a `MochiPipeline` on its device. The folder is there before a rank
+starts: `weights.py` has downloaded it once for the whole machine. Running is `pipeline.py`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKLMochi, MochiPipeline, MochiTransformer3DModel
+from transformers import T5EncoderModel
+
+from mochi_app.engine.messages import Configure
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class LoadError(RuntimeError):
+    """The model cannot be loaded as configured. The message says what was given and expected."""
+
+
+def choose_device(config: Configure) -> torch.device:
+    """The device of this rank: the one GPU that it can see, or the CPU."""
+    if config.device not in ("cpu", "cuda"):
+        raise LoadError(f"device {config.device!r}: expected cpu or cuda")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+        raise LoadError(f"torch {torch.__version__} sees no GPU (CUDA_VISIBLE_DEVICES {seen})")
+    return torch.device(config.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The type of each part's weights and arithmetic."""
+
+    transformer: torch.dtype
+    text_encoder: torch.dtype
+    vae: torch.dtype
+
+    @classmethod
+    def choose(cls, config: Configure, device: torch.device) -> Precision:
+        """`auto` is bfloat16 on a GPU and float32 on a CPU, but for text, which is float32."""
+        usual = "bfloat16" if device.type == "cuda" else "float32"
+        transformer = choose_dtype(config.dtype, usual)
+        return cls(
+            transformer=transformer,
+            text_encoder=choose_dtype(config.text_dtype, "float32"),
+            vae=transformer if config.vae_dtype == "auto" else choose_dtype(config.vae_dtype, ""),
+        )
+
+
+def choose_dtype(name: str, auto: str) -> torch.dtype:
+    """`float32`, `bfloat16`, or `auto`, which means the other name."""
+    if name == "auto":
+        name = auto
+    if name not in DTYPES:
+        raise LoadError(f"dtype {name!r}: expected auto, {' or '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def choose_attention(pipe: MochiPipeline, name: str) -> None:
+    """Take an attention backend by diffusers' name for all jobs of this process.
+
+    Raises:
+        LoadError: there is no such backend, or it cannot run here.
+    """
+    try:
+        pipe.transformer.set_attention_backend(name)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise LoadError(f"attention {name!r}: {error}") from error
+
+
+def quiet_libraries() -> None:
+    """Keep the log for what matters: no progress bars, which events stand for, and no advice."""
+    # Mochi's rope asks for float32 under autocast, which on a CPU is what it has anyway.
+    warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def open_pipeline(
+    model: str, precision: Precision, device: torch.device, *, text: bool = True
+) -> MochiPipeline:
+    """The pipeline of a folder, each part in its own type, its rotary frequencies in float32.
+
+    Weights go from the files to the device through accelerate, part by part, so host memory never
+    holds a second copy. Without `text` the text encoder is not read at all.
+
+    Raises:
+        LoadError: `model` is no folder of a pipeline.
+    """
+    folder = Path(model).expanduser()
+    if not (folder / "model_index.json").is_file():
+        raise LoadError(f"{model}: expected a MochiPipeline folder with a model_index.json")
+    encoder = None
+    if text:
+        encoder = T5EncoderModel.from_pretrained(
+            folder, **part_options(folder, "text_encoder", precision.text_encoder, device)
+        )
+    usual = MochiTransformer3DModel._keep_in_fp32_modules
+    MochiTransformer3DModel._keep_in_fp32_modules = ["pos_frequencies"]
+    try:
+        transformer = MochiTransformer3DModel.from_pretrained(
+            folder, **part_options(folder, "transformer", precision.transformer, device)
+        )
+    finally:
+        MochiTransformer3DModel._keep_in_fp32_modules = usual
+    vae = AutoencoderKLMochi.from_pretrained(
+        folder, **part_options(folder, "vae", precision.vae, device)
+    )
+    parts: dict[str, Any] = {"text_encoder": encoder, "transformer": transformer, "vae": vae}
+    if not text:
+        parts["tokenizer"] = None
+    return MochiPipeline.from_pretrained(folder, **parts)
+
+
+def part_options(
+    folder: Path, name: str, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """What `from_pretrained` of one part wants: of two sets of files, the one in its own type."""
+    found = {".bf16" in path.name for path in (folder / name).glob("*.safetensors")}
+    small = True in found and (dtype is torch.bfloat16 or False not in found)
+    return {
+        "subfolder": name,
+        "dtype": dtype,
+        "variant": "bf16" if small else None,
+        "device_map": {"": device},
+    }

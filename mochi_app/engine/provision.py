@@ -1,0 +1,82 @@
+"""The model's folder for all slots of this server: there and whole before a rank starts.
+
+Slots that start ask for the folder and share one attempt. A failed attempt is the asker's to retry,
+so backing off stays the pool's. The download itself is a process of its own (`weights.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mochi_app.engine import weights
+from mochi_app.engine.weights import WEIGHTS_COMMAND, Progress
+from mochi_app.settings import Settings
+
+
+def dtypes_of(settings: Settings) -> list[str]:
+    """The types that the transformer is loaded in: one, or two where CPUs and GPUs have slots."""
+    if settings.dtype != "auto":
+        return [settings.dtype]
+    on_cpu = {device == "cpu" for slot in settings.slots for device in slot.devices}
+    return [{True: "float32", False: "bfloat16"}[kind] for kind in sorted(on_cpu)]
+
+
+class Provision:
+    """Where the model lies, as soon as it is there. `detail` says what is being done until then."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        on_change: Callable[[], None],
+        command: Sequence[str] = WEIGHTS_COMMAND,
+    ) -> None:
+        self.detail = ""
+        self._settings = settings
+        self._on_change = on_change
+        self._command = command
+        self._attempt: asyncio.Task[Path] | None = None
+
+    async def folder(self) -> Path:
+        """The model's folder; all who ask at a time share one attempt.
+
+        Raises:
+            WeightsError: there is none that would load; asking again makes another attempt.
+        """
+        attempt = self._attempt
+        if attempt is None or (attempt.done() and (attempt.cancelled() or attempt.exception())):
+            attempt = self._attempt = asyncio.create_task(self._provide(), name="weights")
+        return await asyncio.shield(attempt)
+
+    async def stop(self) -> None:
+        """End a download that is under way; what has come of it is kept for the next start."""
+        if self._attempt is not None:
+            self._attempt.cancel()
+            with contextlib.suppress(asyncio.CancelledError, weights.WeightsError, OSError):
+                await self._attempt
+
+    async def _provide(self) -> Path:
+        local = self._settings.model_dir
+        try:
+            for dtype in dtypes_of(self._settings):
+                if local is not None:
+                    advice = "Copy the missing files there, or name another model in MOCHI_MODEL."
+                    await asyncio.to_thread(weights.check_folder, local, dtype, advice)
+                    folder = local
+                else:
+                    self._say("looking for the model")
+                    folder = await weights.fetch_weights(
+                        self._settings.model, dtype, self._hear, self._command
+                    )
+            return folder
+        finally:
+            self.detail = ""
+
+    def _hear(self, progress: Progress) -> None:
+        self._say(weights.progress_text(progress))
+
+    def _say(self, detail: str) -> None:
+        self.detail = detail
+        self._on_change()
