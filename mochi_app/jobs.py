@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
@@ -23,6 +23,13 @@ MAX_NOTE_CHARS = 2000
 MIN_STEPS, MAX_STEPS = 2, 512
 MAX_SEED = 2**32 - 1
 MAX_GUIDANCE_SCALE = 20.0
+MAX_LORA_SCALE = 2.0
+# Steps that each schedule can be walked in: beyond them its noise would not fall with every step.
+SCHEDULE_STEPS: Mapping[str, tuple[int, int]] = {
+    "linear_quadratic": (MIN_STEPS, MAX_STEPS),
+    "fast": (7, 114),
+}
+DEFAULT_SCHEDULE = "linear_quadratic"
 MIN_SIDE, SIDE_MULTIPLE = 64, 16
 JOB_ID = re.compile(r"[0-9a-f]{14}-[0-9a-f]{16}")
 
@@ -135,6 +142,22 @@ def whole(
     return int(value)
 
 
+def walkable(schedule: Any, steps: int) -> str:
+    """`schedule` if it is one that can be walked in so many steps.
+
+    Raises:
+        RequestError: there is no such schedule, or not with this number of steps.
+    """
+    if not isinstance(schedule, str) or schedule not in SCHEDULE_STEPS:
+        raise refuse("schedule", schedule, " or ".join(SCHEDULE_STEPS))
+    least, most = SCHEDULE_STEPS[schedule]
+    if not least <= steps <= most:
+        raise refuse(
+            "num_inference_steps", steps, f"{least} to {most} with the schedule {schedule}"
+        )
+    return schedule
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A validated request. `height` and `width` in pixels; `seed` is always set."""
@@ -148,6 +171,9 @@ class GenerationRequest:
     width: int
     num_frames: int
     fps: int
+    schedule: str = DEFAULT_SCHEDULE
+    lora: str | None = None
+    lora_scale: float = 1.0
     request_id: str | None = None
 
     @classmethod
@@ -163,10 +189,16 @@ class GenerationRequest:
         height: Any = None,
         width: Any = None,
         num_frames: Any = None,
+        schedule: Any = None,
+        lora: Any = None,
+        lora_scale: Any = None,
         request_id: Any = None,
         preview_steps: int = 8,
+        loras: Collection[str] = (),
     ) -> GenerationRequest:
         """Check every field; None takes the default. A missing seed is drawn here, 32 bits.
+
+        `loras` are the names that can be asked for; an empty name asks for none.
 
         Raises:
             RequestError: naming the field, the value given and what is accepted.
@@ -180,18 +212,23 @@ class GenerationRequest:
             chosen = default(value, getattr(defaults, name))
             return whole(name, chosen, least=MIN_SIDE, most=most, multiple=SIDE_MULTIPLE)
 
+        steps = whole(
+            "num_inference_steps",
+            default(num_inference_steps, preview_steps),
+            least=MIN_STEPS,
+            most=MAX_STEPS,
+        )
+        chosen = lora or None
+        if chosen is not None and chosen not in loras:
+            known = ", ".join(sorted(loras)) or "nothing, this server has none"
+            raise refuse("lora", chosen, known)
         return cls(
             prompt=text("prompt", prompt, least=1, most=MAX_PROMPT_CHARS),
             negative_prompt=text(
                 "negative_prompt", default(negative_prompt, ""), least=0, most=MAX_PROMPT_CHARS
             ),
             seed=whole("seed", default(seed, secrets.randbits(32)), least=0, most=MAX_SEED),
-            num_inference_steps=whole(
-                "num_inference_steps",
-                default(num_inference_steps, preview_steps),
-                least=MIN_STEPS,
-                most=MAX_STEPS,
-            ),
+            num_inference_steps=steps,
             guidance_scale=number(
                 "guidance_scale",
                 default(guidance_scale, defaults.guidance_scale),
@@ -209,6 +246,11 @@ class GenerationRequest:
                 offset=1,
             ),
             fps=defaults.fps,
+            schedule=walkable(default(schedule, DEFAULT_SCHEDULE), steps),
+            lora=chosen,
+            lora_scale=1.0
+            if chosen is None
+            else number("lora_scale", default(lora_scale, 1.0), least=0, most=MAX_LORA_SCALE),
             request_id=None
             if request_id is None
             else text("request_id", request_id, least=1, most=MAX_REQUEST_ID_CHARS),
@@ -239,8 +281,9 @@ class Job:
     request_id: str | None = None
     batch_id: str | None = None
     parent_id: str | None = None
-    schedule: str = "linear_quadratic"
+    schedule: str = DEFAULT_SCHEDULE
     lora: str | None = None
+    lora_scale: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
     owner: str = ""
     status: JobStatus = JobStatus.CREATED

@@ -157,6 +157,10 @@ class Settings(BaseSettings):
         description="Attention backend by diffusers' name: `native`, `flash`, `sage`, "
         "`_native_cudnn`, …",
     )
+    lora_dir: Path | None = Field(
+        default=None,
+        description="Folder of LoRA files (`NAME.safetensors`) that a request may name.",
+    )
     threads: int = Field(
         default=0, ge=0, description="CPU threads per rank; 0 shares the cores among the CPU ranks."
     )

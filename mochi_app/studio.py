@@ -31,8 +31,10 @@ from mochi_app.jobs import (
     parse_job_id,
     refuse,
     text,
+    walkable,
     whole,
 )
+from mochi_app.loras import lora_names
 from mochi_app.media import MediaError, MediaStore
 from mochi_app.pulse import Pulse
 from mochi_app.settings import ModelDefaults, Settings
@@ -50,7 +52,7 @@ SPEED_SAMPLE = 20  # finished jobs that teach the speeds at start
 # What an enhance takes over from its preview.
 INHERITED = (
     "batch_id", "prompt", "negative_prompt", "seed", "guidance_scale", "height", "width",
-    "num_frames", "fps", "schedule", "lora", "options",
+    "num_frames", "fps", "schedule", "lora", "lora_scale", "options",
 )  # fmt: skip
 STORE_PAUSE_SECONDS = 1.0  # so that a store that refuses writes is not tried in a tight loop
 
@@ -205,7 +207,10 @@ class Studio:
             RequestError: a value is not acceptable, or there is no room for another job.
         """
         request = GenerationRequest.validate(
-            self.defaults, preview_steps=self.settings.preview_steps, **parameters
+            self.defaults,
+            preview_steps=self.settings.preview_steps,
+            loras=lora_names(self.settings.lora_dir),
+            **parameters,
         )
         drawn = frozenset({"seed"} if parameters.get("seed") is None else ())
         job = Job.from_request(request, id=self._ids.draw(), kind="preview", owner=owner)
@@ -233,6 +238,7 @@ class Studio:
                 f" {self.settings.model_name}: the same seed would give another video"
             )
         steps = self.settings.enhance_steps
+        walkable(parent.schedule, steps)
         for child in self.history.children(parent.id):
             gone = child.status in (JobStatus.FAILED, JobStatus.CANCELLED)
             if not gone and child.num_inference_steps == steps:
@@ -624,6 +630,9 @@ class Studio:
             "width": job.width,
             "num_frames": job.num_frames,
             "fps": job.fps,
+            "schedule": job.schedule,
+            "lora": job.lora,
+            "lora_scale": job.lora_scale,
         }
         more = {
             "kind": job.kind,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import fields, replace
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from mochi_app import jobs
+from mochi_app.engine.schedule import SCHEDULES
 from mochi_app.jobs import (
     JOB_FIELDS,
     NEXT,
@@ -293,7 +296,7 @@ class TestRecords:
     def test_what_makes_two_requests_the_same(self) -> None:
         assert set(REQUEST_FIELDS) == {
             "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale",
-            "height", "width", "num_frames",
+            "height", "width", "num_frames", "schedule", "lora", "lora_scale",
         }  # fmt: skip
 
 
@@ -338,3 +341,47 @@ class TestJobIds:
         with pytest.raises(RequestError, match=r"job_id: got .*, expected the id that") as caught:
             parse_job_id(value)
         assert len(str(caught.value)) < 250
+
+
+class TestSchedulesAndLoras:
+    def test_the_steps_of_each_schedule_are_those_that_it_can_be_walked_in(self) -> None:
+        assert set(jobs.SCHEDULE_STEPS) == set(SCHEDULES)
+        for name, schedule in SCHEDULES.items():
+            walked = []
+            for steps in range(jobs.MIN_STEPS, jobs.MAX_STEPS + 1):
+                with contextlib.suppress(ValueError):
+                    schedule.sigmas(steps)
+                    walked.append(steps)
+            least, most = jobs.SCHEDULE_STEPS[name]
+            assert walked == list(range(least, most + 1))
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"schedule": "slow"}, "schedule: got 'slow', expected linear_quadratic or fast"),
+            ({"schedule": 3}, "schedule: got 3"),
+            (
+                {"schedule": "fast", "num_inference_steps": 4},
+                "num_inference_steps: got 4, expected 7 to 114 with the schedule fast",
+            ),
+            ({"lora": "van-gogh"}, "lora: got 'van-gogh', expected noir, retro"),
+            ({"lora": "noir", "lora_scale": 3}, "lora_scale: got 3, expected a number from 0 to 2"),
+        ],
+    )
+    def test_what_there_is_not_is_refused(self, given: dict[str, Any], message: str) -> None:
+        with pytest.raises(RequestError, match=message):
+            validate(**given, loras=("retro", "noir"))
+
+    def test_without_any_lora_that_is_said(self) -> None:
+        with pytest.raises(RequestError, match="this server has none"):
+            validate(lora="noir")
+
+    def test_no_name_is_no_lora_and_its_scale_means_nothing(self) -> None:
+        request = validate(lora="", lora_scale=0.3)
+        assert request.lora is None
+        assert request.lora_scale == 1.0
+
+    def test_what_is_asked_is_kept(self) -> None:
+        request = validate(schedule="fast", lora="noir", lora_scale=0.5, loras=["noir"])
+        job = Job.from_request(request, id="i", kind="preview")
+        assert (job.schedule, job.lora, job.lora_scale) == ("fast", "noir", 0.5)

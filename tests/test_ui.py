@@ -48,6 +48,9 @@ async def submit(studio: Studio, **changes: Any) -> dict[str, Any]:
         "height": 64,
         "width": 64,
         "num_frames": 7,
+        "schedule": "linear_quadratic",
+        "lora": "",
+        "lora_scale": 1,
     }
     return await ui.submitter(studio)(*(form | changes).values(), ANYONE)
 
@@ -58,6 +61,15 @@ async def test_generate_answers_with_the_job(make_studio: MakeStudio) -> None:
     job = studio.find(outcome["job"]["id"])
     assert outcome["job"]["seed"] == job.seed
     assert (job.prompt, job.num_inference_steps, job.owner) == ("a red circle", 2, "")
+
+
+async def test_schedule_and_lora_are_kept(make_studio: MakeStudio, tmp_path: Path) -> None:
+    (tmp_path / "noir.safetensors").touch()
+    studio = await make_studio(lora_dir=tmp_path)
+    asked = {"schedule": "fast", "steps": 8, "lora": "noir", "lora_scale": 0.5}
+    job = (await submit(studio, **asked))["job"]
+    assert (job["schedule"], job["lora"], job["lora_scale"]) == ("fast", "noir", 0.5)
+    assert "noir" in (await submit(studio, lora="retro"))["error"]
 
 
 async def test_a_fixed_seed_is_kept(make_studio: MakeStudio) -> None:

@@ -18,6 +18,7 @@ import transformers
 from diffusers import AutoencoderKLMochi, MochiPipeline, MochiTransformer3DModel
 from transformers import T5EncoderModel
 
+from mochi_app.engine import plan
 from mochi_app.engine.messages import Configure
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -76,6 +77,38 @@ def choose_attention(pipe: MochiPipeline, name: str) -> None:
         pipe.transformer.set_attention_backend(name)
     except (ValueError, ImportError, RuntimeError) as error:
         raise LoadError(f"attention {name!r}: {error}") from error
+
+
+def check_memory(config: Configure, precision: Precision, memory: int) -> None:
+    """Compare the plan of this slot with what a GPU has, in bytes, before anything is loaded.
+
+    Nothing is known beforehand of offloaded or quantised weights, or of an unknown video size.
+
+    Raises:
+        LoadError: the default video does not fit, with the plan's figures.
+    """
+    if not config.height or (config.offload, config.quantization) != ("none", "none"):
+        return
+    setting = plan.Setting(
+        gpus=config.world_size,
+        gpu_memory=memory / 1e9,
+        height=config.height,
+        width=config.width,
+        num_frames=config.num_frames,
+        dtype=name_of(precision.transformer),
+        t5_dtype=name_of(precision.text_encoder),
+        vae_dtype=name_of(precision.vae),
+    )
+    try:
+        plan.check_fit(setting, config.model)
+    except plan.FitError as error:
+        advice = "more GPUs a slot, MOCHI_TEXT_DTYPE=bfloat16 or MOCHI_OFFLOAD=model may help"
+        raise LoadError(f"{error}; {advice}") from error
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`float32` or `bfloat16`."""
+    return next(name for name, known in DTYPES.items() if known is dtype)
 
 
 def quiet_libraries() -> None:

@@ -31,7 +31,8 @@ class Configure(Message):
     """First message to a rank: what to load, with whom, and where to write.
 
     `device` is cpu or cuda; each `dtype` auto, float32 or bfloat16. `rendezvous` is the path of a
-    file that does not exist yet, where the ranks of a slot meet; empty for a single rank.
+    file that does not exist yet, where the ranks of a slot meet; empty for a single rank. The
+    largest video by default has `height` and `width` in pixels and `num_frames`; 0 is unknown.
     """
 
     slot: int
@@ -46,6 +47,14 @@ class Configure(Message):
     text_dtype: str = "auto"
     vae_dtype: str = "auto"
     attention: str = "native"
+    cache_threshold: float = 0.0
+    compile: bool = False
+    quantization: str = "none"
+    offload: str = "none"
+    lora_dir: str = ""
+    height: int = 0
+    width: int = 0
+    num_frames: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +72,8 @@ class Run(Message):
     num_frames: int
     fps: int
     schedule: str = "linear_quadratic"
+    lora: str | None = None
+    lora_scale: float = 1.0
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -37,6 +37,7 @@ from mochi_app.engine.group import Ranks
 from mochi_app.engine.loading import (
     LoadError,
     Precision,
+    check_memory,
     choose_attention,
     choose_device,
     open_pipeline,
@@ -99,8 +100,11 @@ def load(config: Configure, emit: Emit) -> Engine:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     quiet_libraries()
+    precision = Precision.choose(config, device)
+    if device.type == "cuda" and config.rank == 0:
+        check_memory(config, precision, torch.cuda.get_device_properties(device).total_memory)
     ranks = Ranks.join(config.rank, config.world_size, config.rendezvous, device)
-    pipe = open_pipeline(config.model, Precision.choose(config, device), device, text=ranks.first)
+    pipe = open_pipeline(config.model, precision, device, text=ranks.first)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_tiling()  # takes effect above 256 pixels a side only
     if config.attention != "native":

@@ -17,7 +17,7 @@ from typing import Any
 from mochi_app.engine.provision import Provision
 from mochi_app.engine.slot import ENGINE_COMMAND, Slot, SlotDied, SlotState
 from mochi_app.engine.weights import WEIGHTS_COMMAND, WeightsError
-from mochi_app.settings import Settings, SlotSpec
+from mochi_app.settings import Settings, SlotSpec, load_model_defaults
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Pool:
         ]
 
     def _make_slot(self, index: int, spec: SlotSpec, threads: int, command: Sequence[str]) -> Slot:
-        return Slot(
+        slot = Slot(
             index,
             spec,
             self._settings,
@@ -108,6 +108,9 @@ class Pool:
             command=command,
             on_change=lambda: self.on_change(),
         )
+        defaults = load_model_defaults(self._settings)
+        slot.video = (defaults.height, defaults.width, defaults.num_frames)
+        return slot
 
     def start(self) -> None:
         """Begin to bring all slots up; returns at once."""

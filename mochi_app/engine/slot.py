@@ -253,6 +253,7 @@ class Slot:
         self.spec = spec
         self.scratch = scratch
         self.model: Path | None = None  # the folder to load, where it is not what the settings name
+        self.video = (0, 0, 0)  # height, width, frames that must fit; see `messages.Configure`
         self.state = SlotState.DOWN
         self.detail = "not started"
         self.since = time.monotonic()
@@ -344,6 +345,10 @@ class Slot:
             text_dtype=self._settings.text_dtype,
             vae_dtype=self._settings.vae_dtype,
             attention=self._settings.attention,
+            lora_dir=str(self._settings.lora_dir.resolve()) if self._settings.lora_dir else "",
+            height=self.video[0],
+            width=self.video[1],
+            num_frames=self.video[2],
         )
 
     @property

@@ -350,6 +350,8 @@
       ["Length", `${job.num_frames} frames, ${duration(job.num_frames / job.fps)}`],
     ];
     if (job.status === "COMPLETED" && took > 0) list.push(["Took", duration(took)]);
+    if (job.schedule !== "linear_quadratic") list.push(["Schedule", job.schedule]);
+    if (job.lora) list.push(["LoRA", `${job.lora} × ${job.lora_scale}`]);
     if (job.negative_prompt) list.push(["Without", job.negative_prompt]);
     return list;
   }
@@ -1058,6 +1060,9 @@
         job.height,
         job.width,
         job.num_frames,
+        job.schedule,
+        job.lora ?? "",
+        job.lora_scale,
       ];
     },
   };

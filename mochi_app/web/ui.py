@@ -19,6 +19,7 @@ from gradio.themes.utils import colors
 from mochi_app import jobs
 from mochi_app.history import HistoryError
 from mochi_app.jobs import JobStatus, RequestError
+from mochi_app.loras import lora_names
 from mochi_app.studio import Studio
 
 HERE = Path(__file__).parent
@@ -159,6 +160,9 @@ def submitter(studio: Studio) -> Callable[..., Awaitable[dict[str, Any]]]:
         height: Any,
         width: Any,
         num_frames: Any,
+        schedule: Any,
+        lora: Any,
+        lora_scale: Any,
         request: gr.Request,
     ) -> dict[str, Any]:
         try:
@@ -172,6 +176,9 @@ def submitter(studio: Studio) -> Callable[..., Awaitable[dict[str, Any]]]:
                 height=height,
                 width=width,
                 num_frames=num_frames,
+                schedule=schedule,
+                lora=lora,
+                lora_scale=lora_scale,
             )
         except (RequestError, HistoryError) as error:
             return {"error": str(error)}
@@ -277,6 +284,23 @@ def form(studio: Studio) -> list[Any]:
             label="Frames",
             info=f"{defaults.fps} a second",
         )
+        schedule = gr.Radio(
+            [("Standard", "linear_quadratic"), ("Fast, for 8 steps at guidance 1.5", "fast")],
+            value=jobs.DEFAULT_SCHEDULE,
+            label="Schedule",
+        )
+        loras = lora_names(studio.settings.lora_dir)
+        with gr.Row(visible=bool(loras)):
+            lora = gr.Dropdown(
+                [("None", ""), *loras],
+                value="",
+                label="LoRA",
+                allow_custom_value=True,  # one that is gone is refused by the studio, by name
+                min_width=120,
+            )
+            lora_scale = gr.Slider(
+                0, jobs.MAX_LORA_SCALE, value=1, step=0.05, label="LoRA scale", min_width=120
+            )
     return [
         prompt,
         negative_prompt,
@@ -287,6 +311,9 @@ def form(studio: Studio) -> list[Any]:
         height,
         width,
         num_frames,
+        schedule,
+        lora,
+        lora_scale,
     ]
 
 

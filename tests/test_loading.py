@@ -1,0 +1,64 @@
+"""What is decided before weights are read: whether they fit, and in which types."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mochi_app.engine import plan
+from mochi_app.engine.loading import LoadError, Precision, check_memory
+from mochi_app.engine.messages import Configure
+
+CUDA = torch.device("cuda")
+FOUR_GPUS = Configure(
+    slot=0, rank=0, world_size=4, model="", device="cuda", dtype="auto", scratch="",
+    height=480, width=848, num_frames=163,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the configuration of the published model, and no weights."""
+    folder = tmp_path_factory.mktemp("published")
+    parts = ("transformer", "vae", "text_encoder")
+    for name, config in zip(parts, (plan.TRANSFORMER, plan.VAE, plan.TEXT_ENCODER), strict=True):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(dict(config)))
+    return str(folder)
+
+
+def test_a_gpu_that_is_too_small_is_told_with_the_figures(published: str) -> None:
+    config = replace(FOUR_GPUS, model=published)
+    precision = Precision.choose(config, CUDA)
+    with pytest.raises(LoadError, match=r"needs 6\d\.\d GB at its peak on rank 0 .*24 GB"):
+        check_memory(config, precision, 24_000_000_000)
+    check_memory(config, precision, 80_000_000_000)
+
+
+@pytest.mark.parametrize("unknown", [{"height": 0}, {"offload": "model"}, {"quantization": "int8"}])
+def test_what_is_not_known_beforehand_is_not_refused(
+    published: str, unknown: dict[str, object]
+) -> None:
+    config = replace(FOUR_GPUS, model=published, **unknown)  # type: ignore[arg-type]
+    check_memory(config, Precision.choose(config, CUDA), 24_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "expected"),
+    [
+        ({}, "cpu", ("float32", "float32", "float32")),
+        ({}, "cuda", ("bfloat16", "float32", "bfloat16")),
+        ({"text_dtype": "bfloat16"}, "cuda", ("bfloat16", "bfloat16", "bfloat16")),
+        ({"vae_dtype": "float32"}, "cuda", ("bfloat16", "float32", "float32")),
+        ({"dtype": "float32"}, "cuda", ("float32", "float32", "float32")),
+    ],
+)
+def test_each_part_has_its_type(
+    given: dict[str, str], device: str, expected: tuple[str, str, str]
+) -> None:
+    chosen = Precision.choose(replace(FOUR_GPUS, **given), torch.device(device))  # type: ignore[arg-type]
+    types = (chosen.transformer, chosen.text_encoder, chosen.vae)
+    assert tuple(str(dtype).removeprefix("torch.") for dtype in types) == expected
