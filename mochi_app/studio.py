@@ -66,6 +66,7 @@ class Live:
     step: int = 0
     step_seconds: float | None = None
     stage_began: float = 0.0
+    tiles: tuple[int, int] = (0, 0)  # decoded, of all
     image: str | None = None
     cancel_requested: bool = False
     ended_at: float | None = None
@@ -649,6 +650,8 @@ class Studio:
             case messages.Step():
                 live.step = event.step
                 live.step_seconds = event.seconds
+            case messages.Tiles():
+                live.tiles = event.done, event.total
             case messages.Latent():
                 live.image = event.image
         self.changed.beat()
@@ -666,6 +669,8 @@ class Studio:
             "steps": job.num_inference_steps,
             "step": job.num_inference_steps if done else live.step if live else 0,
             "stage": live.stage if live else "",
+            "tile": live.tiles[0] if live else 0,
+            "tiles": live.tiles[1] if live else 0,
             "cancel_requested": bool(live and live.cancel_requested),
             "position": place.position if place else None,
             "eta_seconds": self._eta(job, live, place),

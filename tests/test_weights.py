@@ -19,26 +19,25 @@ from typing import Any
 
 import pytest
 
-from mochi_app.engine.weights import (
-    WEIGHTS_COMMAND,
+from mochi_app.engine.hub_cache import RemoteFile, Snapshot, explain_failure
+from mochi_app.engine.weight_events import (
     Done,
     Event,
     Failure,
     Notice,
     Progress,
-    RemoteFile,
-    Snapshot,
     WeightsError,
-    check_folder,
     decode,
     encode,
-    explain_failure,
-    fetch_weights,
-    needed_files,
     progress_text,
+)
+from mochi_app.engine.weight_files import (
+    check_folder,
+    needed_files,
     safetensors_problem,
     weight_files,
 )
+from mochi_app.engine.weights import WEIGHTS_COMMAND, fetch_weights
 from mochi_app.settings import PROJECT_DIR
 from tests.conftest import alive, eventually
 from tests.hub import REPO, Fault, Hub, folder_files

@@ -16,7 +16,8 @@ from typing import Any
 
 from mochi_app.engine.provision import Provision
 from mochi_app.engine.slot import ENGINE_COMMAND, Slot, SlotDied, SlotState
-from mochi_app.engine.weights import WEIGHTS_COMMAND, WeightsError
+from mochi_app.engine.weight_events import WeightsError
+from mochi_app.engine.weights import WEIGHTS_COMMAND
 from mochi_app.settings import Settings, SlotSpec, load_model_defaults
 
 log = logging.getLogger(__name__)

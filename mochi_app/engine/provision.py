@@ -11,8 +11,9 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mochi_app.engine import weights
-from mochi_app.engine.weights import WEIGHTS_COMMAND, Progress
+from mochi_app.engine.weight_events import Progress, WeightsError, progress_text
+from mochi_app.engine.weight_files import check_folder
+from mochi_app.engine.weights import WEIGHTS_COMMAND, fetch_weights
 from mochi_app.settings import Settings
 
 
@@ -54,7 +55,7 @@ class Provision:
         """End a download that is under way; what has come of it is kept for the next start."""
         if self._attempt is not None:
             self._attempt.cancel()
-            with contextlib.suppress(asyncio.CancelledError, weights.WeightsError, OSError):
+            with contextlib.suppress(asyncio.CancelledError, WeightsError, OSError):
                 await self._attempt
 
     async def _provide(self) -> Path:
@@ -63,11 +64,11 @@ class Provision:
             for dtype in dtypes_of(self._settings):
                 if local is not None:
                     advice = "Copy the missing files there, or name another model in MOCHI_MODEL."
-                    await asyncio.to_thread(weights.check_folder, local, dtype, advice)
+                    await asyncio.to_thread(check_folder, local, dtype, advice)
                     folder = local
                 else:
                     self._say("looking for the model")
-                    folder = await weights.fetch_weights(
+                    folder = await fetch_weights(
                         self._settings.model, dtype, self._hear, self._command
                     )
             return folder
@@ -75,7 +76,7 @@ class Provision:
             self.detail = ""
 
     def _hear(self, progress: Progress) -> None:
-        self._say(weights.progress_text(progress))
+        self._say(progress_text(progress))
 
     def _say(self, detail: str) -> None:
         self.detail = detail

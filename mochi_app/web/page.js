@@ -446,7 +446,9 @@
       }
       if (job.cancel_requested) return "Stopping after this step";
       const stage = STAGE_NAMES[job.stage] ?? job.stage ?? "Starting";
-      return job.stage === "denoise" ? `${stage} · step ${job.step} of ${job.steps}` : stage;
+      if (job.stage === "denoise") return `${stage} · step ${job.step} of ${job.steps}`;
+      const tiled = job.stage === "decode" && job.tiles > 1;
+      return tiled ? `${stage} · tile ${job.tile} of ${job.tiles}` : stage;
     }
 
     tick() {

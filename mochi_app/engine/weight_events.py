@@ -1,0 +1,96 @@
+"""What the download of weights tells its parent: one event, one line of JSON; and its one error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+
+class WeightsError(RuntimeError):
+    """There are no weights to load. The message says why and what to do.
+
+    `retry` says whether the same attempt may succeed later, without a change of the settings.
+    """
+
+    def __init__(self, message: str, retry: bool) -> None:
+        super().__init__(message)
+        self.retry = retry
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Bytes on this box, of all that are needed; `file` is one that is coming in, or empty."""
+
+    done: int
+    total: int
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something that people should know, and that stops nothing."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The weights lie in this folder, which `from_pretrained` loads."""
+
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The end without weights; see `WeightsError`."""
+
+    error: str
+    retry: bool
+
+
+Event = Progress | Notice | Done | Failure
+Emit = Callable[[Event], None]
+EVENTS: Mapping[str, type[Event]] = {
+    "progress": Progress,
+    "notice": Notice,
+    "done": Done,
+    "error": Failure,
+}
+_output = threading.Lock()
+
+
+def encode(event: Event) -> str:
+    """The event as one line of JSON, newline included."""
+    name = next(name for name, kind in EVENTS.items() if isinstance(event, kind))
+    return json.dumps({"event": name} | asdict(event)) + "\n"
+
+
+def decode(line: str | bytes) -> Event | None:
+    """The event in a line; None when a library printed something else."""
+    try:
+        record = json.loads(line)
+        return EVENTS[record.pop("event")](**record)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def emit_line(event: Event) -> None:
+    """Write the event to stdout; may be called from any thread."""
+    with _output:
+        sys.stdout.write(encode(event))
+        sys.stdout.flush()
+
+
+def size_text(size: float, like: float | None = None) -> str:
+    """Bytes for people, decimal: `31.0 GB`, `25.3 MB` below one GB; the unit is that of `like`."""
+    unit, name = (1e9, "GB") if (size if like is None else like) >= 1e9 else (1e6, "MB")
+    return f"{size / unit:.1f} {name}"
+
+
+def progress_text(progress: Progress) -> str:
+    """`downloading 12.3 of 31.0 GB`."""
+    done = size_text(progress.done, like=progress.total).split()[0]
+    return f"downloading {done} of {size_text(progress.total)}"
