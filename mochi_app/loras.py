@@ -14,7 +14,13 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]*")
 
 
 class LoraError(ValueError):
-    """A LoRA that cannot be used. The message is one line, and names it and the reason."""
+    """A LoRA that cannot be used. The message is one line, and names it and the reason.
+
+    All ranks of a slot raise it together (`engine/pipeline.py`), so `settled` tells the slot that
+    none of them waits for another.
+    """
+
+    settled = True
 
 
 def lora_names(folder: Path | None) -> list[str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
 
 from mochi_app.engine.group import Ranks
@@ -16,20 +20,26 @@ Work = Callable[[Ranks], Any]
 JOIN_SECONDS = 240.0
 
 
-def run_ranks(size: int, work: Work, folder: Path) -> list[Any]:
-    """What `work` returns in each of `size` processes joined over gloo; an error in any is raised.
+def run_ranks(
+    size: int, work: Work, folder: Path, device: str = "cpu", limit: float = JOIN_SECONDS
+) -> list[Any]:
+    """What `work` returns in each of `size` processes joined by `Ranks`; an error in any is raised.
 
-    `work` must be a module-level function; results travel through files, so tensors are welcome.
+    `work` must pickle: a module-level function, or a partial of one. Results travel through files,
+    so tensors are welcome; they arrive on the CPU. With `device` "cuda" each rank has one GPU, the
+    first rank the first of those that this process sees. `limit` is in seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = torch.multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=one_rank, args=(rank, size, work, folder)) for rank in range(size)
+        context.Process(target=one_rank, args=(rank, size, work, folder, device))
+        for rank in range(size)
     ]
+    for rank, process in enumerate(processes):
+        with seeing(rank, device):
+            process.start()
     for process in processes:
-        process.start()
-    for process in processes:
-        process.join(JOIN_SECONDS)
+        process.join(limit)
     stuck = [process for process in processes if process.is_alive()]
     for process in stuck:
         process.kill()
@@ -37,15 +47,31 @@ def run_ranks(size: int, work: Work, folder: Path) -> list[Any]:
     errors = "".join(path.read_text() for path in sorted(folder.glob("error-*")))
     assert not errors, errors
     assert not stuck, f"{len(stuck)} of {size} ranks did not end"
-    return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(size)]
+    results = [folder / f"result-{rank}" for rank in range(size)]
+    return [torch.load(path, weights_only=False, map_location="cpu") for path in results]
 
 
-def one_rank(rank: int, size: int, work: Work, folder: Path) -> None:
+@contextmanager
+def seeing(number: int, device: str) -> Iterator[None]:
+    """A process started meanwhile sees one of this one's GPUs, that of this number; none on "cpu".
+
+    CUDA reads the variable once, so it must be there before anything in the process asks for a GPU.
+    """
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [str(number)] if names is None else names.split(",")[number : number + 1]
+    visible = "".join(gpus) if device == "cuda" else ""
+    with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": visible}):
+        yield
+
+
+def one_rank(rank: int, size: int, work: Work, folder: Path, device: str) -> None:
     """The process: join, work, leave the result."""
     torch.set_num_threads(1)
     try:
-        ranks = Ranks.join(rank, size, str(folder / "rendezvous"), torch.device("cpu"))
+        ranks = Ranks.join(rank, size, str(folder / "rendezvous"), torch.device(device))
         torch.save(work(ranks), folder / f"result-{rank}")
     except Exception:
         (folder / f"error-{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         raise
+    if size > 1 and device == "cuda":
+        dist.destroy_process_group()  # NCCL wants to be told

@@ -291,3 +291,14 @@ async def test_a_group_whose_other_ranks_are_through_survives_a_failed_encode(
     assert slot.state is SlotState.READY
     assert slot.pids == pids
     assert (await slot.run(request(job_id="next"), ignore)).job_id == "next"
+
+
+async def test_a_group_whose_ranks_all_refuse_a_job_stays(make_slot: MakeSlot) -> None:
+    slot = make_slot(slots="cpu*2")
+    await slot.start()
+    pids = slot.pids
+    with pytest.raises(JobFailed, match="no rank can do this"):
+        await slot.run(request("refuse"), ignore)
+    assert slot.state is SlotState.READY
+    assert slot.pids == pids
+    assert (await slot.run(request(job_id="next"), ignore)).job_id == "next"

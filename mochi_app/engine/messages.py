@@ -172,10 +172,12 @@ class Followed(JobEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed(JobEvent):
-    """The job failed. With `poisoned` the process cannot be trusted and will be replaced."""
+    """The job failed. With `poisoned` the process cannot be trusted and will be replaced; with
+    `settled` all ranks failed together, and none waits for another."""
 
     error: str
     poisoned: bool = False
+    settled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ CFG, SP = "cfg", "sp"
 INPUTS = ("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask")
 LEADER_HOOK = "fbc_leader_block_hook"
 CONDITIONING = re.compile(
-    r"timestep_embedder\.|pooler\.to_(q|out)$|norm1(_context)?\.linear|norm_out\.linear"
+    r"timestep_embedder\.|pooler\.to_(q|out)(\.|$)|norm1(_context)?\.linear|norm_out\.linear"
 )
 
 Decision = Callable[[torch.Tensor], bool]
@@ -239,6 +239,8 @@ class ParallelHandle:
         self._transformer = transformer
         self.layout = Layout(Axis.of(mesh, CFG), Axis.of(mesh, SP))
         check_heads(transformer.config.num_attention_heads, self.layout.sp.size)
+        if mesh is not None and is_parallel(transformer):
+            raise RuntimeError("the transformer lies on a mesh already: remove() its handle first")
         self._processors = [block.attn1.processor for block in transformer.transformer_blocks]
         for block in transformer.transformer_blocks:
             block.attn1.processor = JointAttention(self.layout)
@@ -325,6 +327,12 @@ class ParallelHandle:
         return (whole,) if isinstance(output, tuple) else type(output)(sample=whole)
 
 
+def is_parallel(transformer: MochiTransformer3DModel) -> bool:
+    """Whether a handle is in force; a second layout on top would compute nonsense."""
+    blocks = transformer.transformer_blocks
+    return any(isinstance(block.attn1.processor, JointAttention) for block in blocks)
+
+
 def conditioning_linears(transformer: MochiTransformer3DModel) -> Iterator[torch.nn.Linear]:
     """The layers that see one row a sample: of the time embedding, and the blocks' modulation."""
     for name, module in transformer.named_modules():
@@ -341,6 +349,7 @@ def parallelize(transformer: MochiTransformer3DModel, mesh: DeviceMesh | None) -
 
     Raises:
         LayoutError: the heads cannot be split over the "sp" ranks.
+        RuntimeError: it lies on a mesh already.
     """
     return ParallelHandle(transformer, mesh)
 

@@ -43,9 +43,11 @@ from mochi_app.engine.loading import (
     open_pipeline,
     quiet_libraries,
 )
+from mochi_app.engine.lora import LoraShelf
 from mochi_app.engine.messages import Configure, Latent, Loading, Message, Run, Stage, Step, Tiles
 from mochi_app.engine.parallel import ParallelHandle, parallelize
 from mochi_app.engine.schedule import SCHEDULES, MochiScheduler
+from mochi_app.loras import LoraError
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,12 @@ PICTURE_SIDE = 160
 PICTURE_SECONDS = 0.7
 
 Emit = Callable[[Message], None]
+
+
+class NotFinite(ArithmeticError):
+    """The model yielded infinities or NaN. All ranks see the same latents, so all say so."""
+
+    settled = True
 
 
 class Stopped(Exception):
@@ -109,7 +117,9 @@ def load(config: Configure, emit: Emit) -> Engine:
     pipe.vae.enable_tiling()  # takes effect above 256 pixels a side only
     if config.attention != "native":
         choose_attention(pipe, config.attention)
-    engine = Engine(pipe, LatentColours.read(Path(config.model) / "latent_rgb.json"), ranks)
+    colours = LatentColours.read(Path(config.model) / "latent_rgb.json")
+    loras = Path(config.lora_dir) if config.lora_dir else None
+    engine = Engine(pipe, colours, ranks, loras)
     emit(Loading(what="warming up"))
     engine.warm_up()
     return engine
@@ -123,6 +133,7 @@ class Engine:
         pipe: MochiPipeline,
         colours: LatentColours | None = None,
         ranks: Ranks | None = None,
+        loras: Path | None = None,
     ) -> None:
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
@@ -131,6 +142,7 @@ class Engine:
         self._colours = colours
         self._ranks = ranks or Ranks()
         pipe.scheduler = MochiScheduler.from_config(pipe.scheduler.config)
+        self._loras = LoraShelf(pipe, loras)
         self._parallel: ParallelHandle | None = None
         self._shape = (0, 0)
         for guided in (False, True):
@@ -180,7 +192,8 @@ class Engine:
         this one.
 
         Raises:
-            ArithmeticError: the model yielded infinities or NaN.
+            NotFinite: the model yielded infinities or NaN.
+            LoraError: the LoRA does not fit the model, or cannot be read on some rank.
             RuntimeError: whatever torch raises, out of memory included.
         """
         ranks = self._ranks
@@ -195,7 +208,7 @@ class Engine:
             with torch.no_grad():
                 with clock.stage("text"):
                     text = self._encode_text(request)
-                with clock.stage("denoise"):
+                with clock.stage("denoise"), self._with_lora(request):
                     first = self._first_latents(request)
                     latents = self._denoise(request, text, first, said, stopped)
                 with clock.stage("decode"):
@@ -243,6 +256,20 @@ class Engine:
         self._ranks.share([part for part in parts if part is not None])
         return TextEmbeddings(*parts)
 
+    @contextmanager
+    def _with_lora(self, request: Run) -> Iterator[None]:
+        """The transformer with the LoRA that the request names, on all ranks or on none."""
+        problem: LoraError | None = None
+        if request.lora is not None:
+            try:
+                self._loras.load(request.lora)
+            except LoraError as error:
+                problem = error
+            if self._ranks.agree(problem is not None):
+                raise problem or LoraError(f"LoRA {request.lora!r}: another rank cannot read it")
+        with self._loras.use(request.lora, request.lora_scale):
+            yield
+
     def _first_latents(self, request: Run) -> torch.Tensor:
         """Noise of shape (1, 12, (F-1)/6+1, H/8, W/8) in float32, drawn on the CPU.
 
@@ -273,7 +300,7 @@ class Engine:
         with self._pipe.scheduler.planned(SCHEDULES[request.schedule]):
             latents = self._steps(request, text, first, watcher)
         if not torch.isfinite(latents).all():
-            raise ArithmeticError("the model yielded numbers that are not finite")
+            raise NotFinite("the model yielded numbers that are not finite")
         return latents
 
     def _steps(

@@ -333,7 +333,8 @@ def make_video(
 def failure(request: Run, error: Exception) -> Failed:
     """What a failed job says to people, and whether the process can go on.
 
-    Errors of torch are told by class name, so that this module need not import it. Running out of
+    An error with a true `settled` was raised by all ranks at the same point. Errors of torch are
+    told by class name, so that this module need not import it. Running out of
     memory fails the job only; after a CUDA or NCCL error nothing on the device can be relied on.
     """
     names = {kind.__name__ for kind in type(error).__mro__}
@@ -349,7 +350,8 @@ def failure(request: Run, error: Exception) -> Failed:
     if memory:
         size = f"{request.width}x{request.height} pixels, {request.num_frames} frames"
         message = f"out of memory at {size}: ask for a smaller size or fewer frames"
-    return Failed(job_id=request.job_id, error=message, poisoned=bool(poisoned))
+    settled = bool(getattr(error, "settled", False))
+    return Failed(job_id=request.job_id, error=message, poisoned=bool(poisoned), settled=settled)
 
 
 def one_line(error: BaseException, *, paths: bool = False) -> str:

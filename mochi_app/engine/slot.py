@@ -528,7 +528,8 @@ class Slot:
                 raise JobCancelled
             case messages.Failed():
                 if not outcome.poisoned:
-                    self._renew_group()
+                    if not outcome.settled:
+                        self._renew_group()
                     raise JobFailed(outcome.error)
                 self._die(f"the process cannot be used any more: {outcome.error}")
         if self._cancelling:

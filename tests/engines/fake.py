@@ -6,6 +6,7 @@ The behaviour says how it loads; the prompt says how a job goes:
     "kill"         SIGKILL to itself at step 2     "stop"    SIGSTOP to itself at step 2
     "kill once F"  as "kill", unless the file F exists, which it makes
     "no frames"    what cannot be encoded
+    "refuse"       raises on all ranks alike
     anything else  0.002 s a step
 """
 
@@ -74,10 +75,16 @@ class FakeEngine:
         )
 
 
+class Refusal(ValueError):
+    settled = True
+
+
 def misbehave(prompt: str) -> None:
     match prompt.split(maxsplit=2):
         case ["fail", *_]:
             raise ValueError("asked to fail")
+        case ["refuse", *_]:
+            raise Refusal("no rank can do this")
         case ["poison", *_]:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         case ["hang", *_]:
