@@ -110,7 +110,7 @@ def work_alone(ranks: Ranks) -> Found:
         requests = test_engine_ranks.CASES
         frames = {name: test_pipeline.stock_frames(open_tiny(ranks), request)
                   for name, request in requests.items()}  # fmt: skip
-        engine = Engine(open_tiny(ranks))
+        engine = Engine(open_tiny(ranks), ranks=Ranks(device=ranks.device))
         return {
             "stock outputs": outputs,
             "outputs": run_cases(transformer),

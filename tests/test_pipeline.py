@@ -309,9 +309,12 @@ def test_a_model_that_yields_nan_does_not_load(
         ({"model": "./assets"}, "model_index.json"),
         ({"device": "tpu"}, "device 'tpu': expected cpu or cuda"),
         ({"dtype": "float8"}, "dtype 'float8': expected auto, float32 or bfloat16"),
+        ({"attention": "warp"}, "attention 'warp': .*must be one of"),
+        ({"quantization": "int3"}, "quantization 'int3': expected none, fp8 or int8"),
+        ({"offload": "model"}, "offload model: expected device cuda, not cpu"),
     ],
 )
-def test_what_cannot_be_loaded_says_what_was_expected(change: dict[str, str], message: str) -> None:
+def test_what_cannot_be_loaded_says_what_was_expected(change: dict[str, Any], message: str) -> None:
     with pytest.raises(LoadError, match=message):
         pipeline.load(replace(CONFIG, **change), ignore)
 

@@ -31,6 +31,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from mochi_app.engine.speed import uncast
 from mochi_app.loras import LoraError, lora_file
 
 PREFIX = "transformer."  # of every key in a file that diffusers wrote for this pipeline
@@ -71,7 +72,6 @@ class LoraShelf:
         self._pipe = pipe
         self._folder = folder
         self._keep = keep
-        self._numbers = itertools.count()
         self._adapters: OrderedDict[tuple[str, int, int, int], str] = OrderedDict()
 
     @contextmanager
@@ -129,9 +129,10 @@ class LoraShelf:
         """
         transformer = self._pipe.transformer
         lora = read_lora(path, transformer)
-        adapter = f"adapter_{next(self._numbers)}"
+        taken = set(self._adapters.values())  # old names again: compiled blocks know them already
+        adapter = next(name for n in itertools.count() if (name := f"adapter_{n}") not in taken)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), uncast(transformer):
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that is meant
                 self._pipe.load_lora_into_transformer(
                     lora.weights,

@@ -31,6 +31,7 @@ import transformers
 from diffusers import MochiPipeline
 from PIL import Image
 
+from mochi_app.engine import speed
 from mochi_app.engine.decode import decode
 from mochi_app.engine.encode import Frames
 from mochi_app.engine.group import Ranks
@@ -47,6 +48,7 @@ from mochi_app.engine.lora import LoraShelf
 from mochi_app.engine.messages import Configure, Latent, Loading, Message, Run, Stage, Step, Tiles
 from mochi_app.engine.parallel import ParallelHandle, parallelize
 from mochi_app.engine.schedule import SCHEDULES, MochiScheduler
+from mochi_app.engine.speed import SpeedOptions
 from mochi_app.loras import LoraError
 
 logger = logging.getLogger(__name__)
@@ -112,11 +114,15 @@ def load(config: Configure, emit: Emit) -> Engine:
     if device.type == "cuda" and config.rank == 0:
         check_memory(config, precision, torch.cuda.get_device_properties(device).total_memory)
     ranks = Ranks.join(config.rank, config.world_size, config.rendezvous, device)
-    pipe = open_pipeline(config.model, precision, device, text=ranks.first)
+    options = SpeedOptions.of(config)
+    options.check(ranks)
+    place = device if options.offload == "none" else torch.device("cpu")
+    pipe = open_pipeline(config.model, precision, place, text=ranks.first)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_tiling()  # takes effect above 256 pixels a side only
     if config.attention != "native":
         choose_attention(pipe, config.attention)
+    speed.apply(pipe, options, ranks)
     colours = LatentColours.read(Path(config.model) / "latent_rgb.json")
     loras = Path(config.lora_dir) if config.lora_dir else None
     engine = Engine(pipe, colours, ranks, loras)
@@ -163,7 +169,7 @@ class Engine:
     @property
     def device(self) -> str:
         """Name of the device, for people: `cpu`, or the GPU's product name."""
-        device = self._pipe.device
+        device = self._ranks.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
 
     @property
@@ -173,16 +179,18 @@ class Engine:
         return {name: str(library.__version__) for name, library in libraries.items()}
 
     def warm_up(self) -> None:
-        """Make the smallest video in two steps: a broken model shows now, not at the first job.
+        """Make the smallest video in two steps, with and without guidance: a broken model shows
+        now, and what is compiled or connected at first use costs no job its time.
 
         Raises:
             ArithmeticError: the model yields infinities or NaN.
         """
-        smallest = Run(
-            job_id="warm-up", prompt="a", negative_prompt="", seed=0, num_inference_steps=2,
-            guidance_scale=4.5, height=64, width=64, num_frames=7, fps=1,
-        )  # fmt: skip
-        self.run(smallest, emit=lambda message: None, cancelled=lambda: False)
+        for guidance_scale in (1.0, 4.5):
+            smallest = Run(
+                job_id="warm-up", prompt="a", negative_prompt="", seed=0, num_inference_steps=2,
+                guidance_scale=guidance_scale, height=64, width=64, num_frames=7, fps=1,
+            )  # fmt: skip
+            self.run(smallest, emit=unsaid, cancelled=lambda: False)
 
     def run(self, request: Run, emit: Emit, cancelled: Callable[[], bool]) -> Result | None:
         """Make the frames of `request`; None if `cancelled` said so at a stage or step boundary,
@@ -227,7 +235,7 @@ class Engine:
     def free(self) -> None:
         """Give cached memory back, after a run that failed."""
         gc.collect()
-        if self._pipe.device.type == "cuda":
+        if self._ranks.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _encode_text(self, request: Run) -> TextEmbeddings:
@@ -363,12 +371,12 @@ class Engine:
 
     def _synchronize(self) -> None:
         """Wait for the device, so that a measured time is that of the work."""
-        if self._pipe.device.type == "cuda":
-            torch.cuda.synchronize(self._pipe.device)
+        if self._ranks.device.type == "cuda":
+            torch.cuda.synchronize(self._ranks.device)
 
     def _reset(self) -> None:
         """What the pipeline does at the end of a call that no exception left early."""
-        self._pipe.maybe_free_model_hooks()
+        speed.reset(self._pipe)
         self._pipe._interrupt = False
         self._pipe._current_timestep = None
 

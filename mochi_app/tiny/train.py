@@ -128,7 +128,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stage", choices=("all", *STAGES, "export"), default="all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text-steps", type=int, default=1200)
-    parser.add_argument("--decoder-steps", type=int, default=12000)
+    parser.add_argument("--decoder-steps", type=int, default=5000)
     parser.add_argument("--transformer-steps", type=int, default=6000)
     parser.add_argument("--eager", action="store_true", help="no torch.compile, no C++ compiler")
     parser.add_argument("--notice", default=None, help="what the page says about the model")

@@ -1,0 +1,232 @@
+"""Trade exactness, start-up or host memory for speed or GPU memory: an engine's options, all off.
+
+    options = SpeedOptions.of(config)
+    options.check(ranks)               # before weights are read: what cannot work fails at once
+    pipe = open_pipeline(...)          # to the CPU with `options.offload`, else to the device
+    apply(pipe, options, ranks)        # once; layouts may come and go afterwards
+    ...
+    reset(pipe)                        # after every run, however it ended
+
+`apply` owns the order, in which each step needs the one before: quantize the weights, compile the
+blocks around them, offload what is then there, and put the cache outermost, so that a skipped block
+is neither computed nor fetched. The cache's rule over several ranks is `parallel.py`'s.
+
+What a request yields changes with these options, but never from run to run: a compiled engine is
+within rounding of a plain one, a quantized one has other weights, and a cached one skips work.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import MochiPipeline, MochiTransformer3DModel
+from diffusers.hooks import apply_group_offloading
+
+from mochi_app.engine.group import Ranks
+from mochi_app.engine.loading import LoadError
+from mochi_app.engine.messages import Configure
+from mochi_app.engine.parallel import enable_first_block_cache
+
+QUANTIZATIONS = ("none", "fp8", "int8")
+OFFLOADS = ("none", "model", "group")
+
+CASTING_HOOK = "layerwise_casting"
+# Graphs of one function that torch may hold. The first, a middle and the last block differ, as do
+# one and two samples, layouts with and without guidance, and each adapter's name and rank. Past the
+# limit torch runs what is new uncompiled.
+GRAPHS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedOptions:
+    """What to switch on.
+
+    `cache_threshold` is the relative change of the first block's residual, from one step to the
+    next, up to which the other blocks' last result is taken again; 0 switches the cache off.
+    `compile` is of the transformer's blocks. `quantization` is of the transformer's weights at
+    rest, not of its arithmetic. `offload` keeps weights in host memory: of parts not in use, or of
+    all but the block that computes.
+
+    Raises:
+        LoadError: a value that is not one of these.
+    """
+
+    cache_threshold: float = 0.0
+    compile: bool = False
+    quantization: str = "none"
+    offload: str = "none"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.cache_threshold) and 0 <= self.cache_threshold < 1):
+            raise LoadError(
+                f"cache threshold {self.cache_threshold}: expected 0 (off) to less than 1"
+            )
+        expect("quantization", self.quantization, QUANTIZATIONS)
+        expect("offload", self.offload, OFFLOADS)
+
+    @classmethod
+    def of(cls, config: Configure) -> SpeedOptions:
+        """Those of a rank's configuration."""
+        return cls(config.cache_threshold, config.compile, config.quantization, config.offload)
+
+    def check(self, ranks: Ranks) -> None:
+        """Raise for what cannot work in this process, before any weights are read.
+
+        Raises:
+            LoadError: a package or compiler is missing, or offloading without one lone GPU.
+        """
+        if self.compile:
+            check_compiler(ranks.device)
+        if self.quantization == "int8" and importlib.util.find_spec("torchao") is None:
+            raise LoadError("quantization int8: expected the package torchao; pip install torchao")
+        if self.offload != "none":
+            if ranks.device.type != "cuda":
+                raise LoadError(
+                    f"offload {self.offload}: expected device cuda, not {ranks.device.type}"
+                )
+            if ranks.size > 1:
+                raise LoadError(
+                    f"offload {self.offload}: expected a slot of one GPU, not of {ranks.size}; "
+                    "more GPUs do not need it less, each holds all weights: try quantization"
+                )
+
+
+def expect(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise LoadError(f"{name} {value!r}: expected {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise unless torch.compile finds what it needs: a C++ compiler for a CPU, Triton for a GPU.
+
+    Raises:
+        LoadError: it does not.
+    """
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise LoadError("compile: expected the package triton, which comes with torch for CUDA")
+        return
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise LoadError(f"compile on a CPU: expected a C++ compiler, and found no {compiler}")
+
+
+def apply(pipe: MochiPipeline, options: SpeedOptions, ranks: Ranks) -> None:
+    """Switch `options` on, for the life of `pipe`: one in host memory, if it is to be offloaded.
+
+    Raises:
+        LoadError: see `SpeedOptions.check`.
+    """
+    options.check(ranks)
+    if options.quantization != "none":
+        quantize(pipe.transformer, options.quantization)
+    if options.compile:
+        compile_blocks(pipe.transformer)
+    if options.offload == "model":
+        pipe.enable_model_cpu_offload(device=ranks.device)
+    if options.offload == "group":
+        offload_groups(pipe, ranks.device)
+    if options.cache_threshold > 0:
+        enable_first_block_cache(pipe.transformer, options.cache_threshold, ranks.group)
+
+
+def reset(pipe: MochiPipeline) -> None:
+    """Forget what a run left: a cache's last result, and parts left on the GPU by an offload.
+
+    The pipeline does this itself at the end of a call, but not when an exception leaves it early.
+    Weights that the exception left in their type of computation need nothing: the way from float8
+    and back is exact, and the next pass takes it.
+    """
+    pipe.maybe_free_model_hooks()
+
+
+def quantize(transformer: MochiTransformer3DModel, kind: str) -> None:
+    """Keep weights in one byte each, and compute in the type that they had: `fp8` or `int8`.
+
+    fp8 is a plain cast, of each layer but the embedding of patches, the last, and all norms with
+    their modulation, which are 27 % of Mochi's weights. int8 has a scale for each row and is of all
+    linear layers in the blocks, 99 %. `transformer.pos_frequencies` is no layer's and stays.
+    """
+    if kind == "fp8":
+        transformer.enable_layerwise_casting(
+            storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.proj_out.weight.dtype
+        )
+    else:
+        torchao = importlib.import_module("torchao.quantization")
+        torchao.quantize_(transformer.transformer_blocks, torchao.Int8WeightOnlyConfig())
+
+
+@contextmanager
+def uncast(transformer: MochiTransformer3DModel) -> Iterator[None]:
+    """Have weights in their type of computation while adapters (LoRA) are added.
+
+    An adapter takes the type of its layer's weights, and cannot compute in float8. Without fp8
+    nothing happens; with it, the block takes as much memory as the loading did.
+    """
+    layers = cast_layers(transformer)
+    for layer, hook in layers:
+        layer.to(hook.compute_dtype)
+    try:
+        yield
+    finally:
+        for layer, hook in layers:
+            layer.to(hook.storage_dtype)
+
+
+def compile_blocks(transformer: MochiTransformer3DModel, backend: str = "inductor") -> None:
+    """Compile what each block does around its attention: norms, modulation, feed-forward.
+
+    Attention runs as it is. It depends on the number of valid text tokens, for which torch would
+    compile anew with every length of a prompt, and it talks to other ranks. Its module's `forward`
+    is what stays, so a layout may replace the processor without a new compilation. Likewise the
+    block's `forward` and not its call is compiled, so hooks of the block, which are a layout's, a
+    cache's or an offload's, stay out. Layers whose weights are cast for each pass run as they are.
+
+    A layout's hooks inside of blocks are compiled in. torch must notice that they come and go,
+    which it does not by default; this is set for the whole process.
+    """
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    transformer.requires_grad_(False)  # an adapter would do it, and torch would start over
+    without_tracing: Any = torch.compiler.disable
+    compiled: Any = partial(torch.compile, dynamic=True, backend=backend, recompile_limit=GRAPHS)
+    for block in transformer.transformer_blocks:
+        for module in (block.attn1, *(layer for layer, _ in cast_layers(block))):
+            module.forward = without_tracing(module.forward)
+        block.forward = compiled(block.forward)
+
+
+def cast_layers(module: torch.nn.Module) -> list[tuple[torch.nn.Module, Any]]:
+    """The layers in `module` whose weights are cast before each pass and back after it, each with
+    diffusers' hook that does so."""
+    layers = []
+    for layer in module.modules():
+        registry: Any = getattr(layer, "_diffusers_hook", None)
+        hook = registry.get_hook(CASTING_HOOK) if registry is not None else None
+        if hook is not None:
+            layers.append((layer, hook))
+    return layers
+
+
+def offload_groups(pipe: MochiPipeline, device: torch.device) -> None:
+    """Fetch each block of the transformer for its computation, and each layer of the text encoder.
+
+    On a GPU the next block is on its way while one computes, which takes pinned host memory of the
+    transformer's size. The VAE is small and stays on `device`: its `decode` would pass by the hook.
+    """
+    pipe.transformer.enable_group_offload(
+        device, offload_type="block_level", num_blocks_per_group=1, use_stream=device.type == "cuda"
+    )
+    if pipe.text_encoder is not None:
+        apply_group_offloading(pipe.text_encoder, device, offload_type="leaf_level")
+    pipe.vae.to(device)
