@@ -247,7 +247,7 @@ def report(
     prompts = [words.caption_of(item) for item in truth]
     seeds = [seed * 100_000 + i for i in range(count)]
     result: dict[str, Any] = {"captions": count, "seed": seed, **options}
-    result["vae"] = vae_report(pipeline, truth[:100], seed * 1000)
+    result["vae"] = vae_report(pipeline, truth, seed * 1000)
     logger.info("vae %s", json.dumps(result["vae"]))
     videos: dict[int, list[Pixels]] = {}
     for number in steps:
