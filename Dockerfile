@@ -1,6 +1,9 @@
 # The app for a GPU box or a Space: port 7860, data in /data, user 1000.
 FROM python:3.11-slim
 
+# triton, for MOCHI_COMPILE, builds its launcher with a C compiler.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 1000 mochi && install -d -o mochi -g mochi /app /data
 WORKDIR /app
 

@@ -218,7 +218,8 @@ class GenerationRequest:
             least=MIN_STEPS,
             most=MAX_STEPS,
         )
-        chosen = lora or None
+        chosen = None if lora == "" else lora
+        scale = number("lora_scale", default(lora_scale, 1.0), least=0, most=MAX_LORA_SCALE)
         if chosen is not None and chosen not in loras:
             known = ", ".join(sorted(loras)) or "nothing, this server has none"
             raise refuse("lora", chosen, known)
@@ -248,9 +249,7 @@ class GenerationRequest:
             fps=defaults.fps,
             schedule=walkable(default(schedule, DEFAULT_SCHEDULE), steps),
             lora=chosen,
-            lora_scale=1.0
-            if chosen is None
-            else number("lora_scale", default(lora_scale, 1.0), least=0, most=MAX_LORA_SCALE),
+            lora_scale=1.0 if chosen is None else scale,
             request_id=None
             if request_id is None
             else text("request_id", request_id, least=1, most=MAX_REQUEST_ID_CHARS),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
@@ -69,6 +69,20 @@ def parse_slots(value: Any) -> Any:
     if len(set(gpus)) != len(gpus):
         raise ValueError(f"{SLOTS_EXPECTED}; every GPU in one place only")
     return tuple(slots)
+
+
+def existing_folder(folder: Path | None) -> Path | None:
+    """The folder's full path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if folder is None:
+        return None
+    full = folder.expanduser().resolve()
+    if not full.is_dir():
+        raise ValueError("expected a folder that exists")
+    return full
 
 
 Steps = Annotated[int, Field(ge=2, le=512)]
@@ -180,7 +194,7 @@ class Settings(BaseSettings):
         description="For one small GPU: keep in host memory what does not compute, whole parts "
         "(`model`) or blocks (`group`).",
     )
-    lora_dir: Path | None = Field(
+    lora_dir: Annotated[Path | None, AfterValidator(existing_folder)] = Field(
         default=None,
         description="Folder of LoRA files (`NAME.safetensors`) that a request may name.",
     )

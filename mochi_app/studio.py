@@ -207,10 +207,13 @@ class Studio:
         Raises:
             RequestError: a value is not acceptable, or there is no room for another job.
         """
+        loras = []
+        if parameters.get("lora"):  # a look at the disk, which may be a slow share
+            loras = await asyncio.to_thread(lora_names, self.settings.lora_dir)
         request = GenerationRequest.validate(
             self.defaults,
             preview_steps=self.settings.preview_steps,
-            loras=lora_names(self.settings.lora_dir),
+            loras=loras,
             **parameters,
         )
         drawn = frozenset({"seed"} if parameters.get("seed") is None else ())

@@ -365,6 +365,8 @@ class TestSchedulesAndLoras:
                 "num_inference_steps: got 4, expected 7 to 114 with the schedule fast",
             ),
             ({"lora": "van-gogh"}, "lora: got 'van-gogh', expected noir, retro"),
+            ({"lora": 0}, "lora: got 0, expected noir, retro"),
+            ({"lora_scale": "much"}, "lora_scale: got 'much', expected a number from 0 to 2"),
             ({"lora": "noir", "lora_scale": 3}, "lora_scale: got 3, expected a number from 0 to 2"),
         ],
     )

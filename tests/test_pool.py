@@ -156,3 +156,12 @@ def test_cpu_slots_share_the_cores() -> None:
     cores = len(os.sched_getaffinity(0))
     assert threads_per_rank(quick_settings(slots="cpu")) == cores
     assert threads_per_rank(quick_settings(slots="cpu;cpu")) == max(1, cores // 2)
+
+
+async def test_a_dying_slot_takes_no_job(make_pool: MakePool) -> None:
+    pool = await make_pool()
+    await eventually(lambda: pool.ready_or_busy == 1)
+    pool.slots[0].slot.kill("asked to")
+    assert pool.slots[0].slot.state is SlotState.READY  # its processes are not reaped yet
+    assert pool.ready_slot() is None
+    await eventually(lambda: pool.ready_slot() is not None)

@@ -114,6 +114,19 @@ async def test_a_damaged_folder_is_named_before_a_rank_starts(
     assert pool.slots[0].slot.epoch == 0
 
 
+async def test_files_that_are_gone_after_a_death_are_looked_at_again(
+    tmp_path: Path, make_pool: MakePool
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    pool = await make_pool(model=str(folder))
+    await eventually(lambda: pool.ready_or_busy == 1)
+    shutil.move(folder / "vae", tmp_path / "vae")
+    pool.slots[0].slot.kill("asked to")
+    await eventually(lambda: pool.slots[0].broken)
+    assert "vae/config.json" in pool.slots[0].describe()["detail"]
+
+
 async def test_a_stop_ends_the_download(hub: Hub, make_pool: MakePool) -> None:
     hub.pace = 100_000
     pool = await make_pool(model=REPO)

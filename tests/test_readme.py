@@ -24,6 +24,8 @@ def shown_default(name: str, field: FieldInfo) -> str:
     default: Any = field.default
     if name == "model":
         return "`assets/tiny-mochi`"
+    if name == "lora_dir":
+        return "none"
     if default is None:
         return "the model's"
     if isinstance(default, tuple):

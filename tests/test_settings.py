@@ -100,6 +100,7 @@ BAD = [
     ("SLOTS", "0,", "slots separated by ';'"),
     ("SLOTS", "0,cpu", "slots separated by ';'"),
     ("SLOTS", "cpu,cpu", "slots separated by ';'"),
+    ("LORA_DIR", "/nowhere/loras", "expected a folder that exists"),
     ("SLOTS", "cpu*0", "slots separated by ';'"),
     ("SLOTS", "cpu*", "slots separated by ';'"),
     ("SLOTS", "cpu*two", "slots separated by ';'"),

@@ -302,3 +302,15 @@ async def test_a_group_whose_ranks_all_refuse_a_job_stays(make_slot: MakeSlot) -
     assert slot.state is SlotState.READY
     assert slot.pids == pids
     assert (await slot.run(request(job_id="next"), ignore)).job_id == "next"
+
+
+async def test_a_slot_whose_processes_go_is_known_at_once(make_slot: MakeSlot) -> None:
+    slot = make_slot(slots="cpu*2")
+    assert not slot.dying
+    await slot.start()
+    assert not slot.dying
+    slot.kill("asked to")
+    assert slot.dying  # before anything is reaped
+    await slot.died()
+    await slot.start()
+    assert not slot.dying

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
-from mochi_app.engine.hub_cache import RemoteFile, Snapshot, explain_failure
+from mochi_app.engine.hub_cache import RemoteFile, Snapshot, explain_failure, hub_name
 from mochi_app.engine.weight_events import (
     Done,
     Event,
@@ -735,3 +736,8 @@ async def test_the_child_dies_with_its_parent(hub: Hub, tmp_path: Path) -> None:
     parent.kill()
     await parent.wait()
     await eventually(lambda: not alive(pid), "the end of the child", deadline=3)
+
+
+def test_a_token_in_the_hubs_address_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "https://user:secret@mirror.example:8443/hf")
+    assert hub_name() == "https://mirror.example:8443/hf"

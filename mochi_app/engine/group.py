@@ -40,7 +40,7 @@ class Ranks:
         on_gpu = device.type == "cuda"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            init_method=f"file://{rendezvous}",
+            store=dist.FileStore(rendezvous, size),  # type: ignore[attr-defined]
             rank=rank,
             world_size=size,
             timeout=PATIENCE,

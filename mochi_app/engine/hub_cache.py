@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from mochi_app.engine.rank import one_line
 from mochi_app.engine.weight_events import Emit, Notice, Progress, WeightsError, size_text
@@ -272,7 +273,7 @@ def ask_hub(root: Path, repo: str, dtype: str) -> Snapshot:
             info = HfApi().model_info(repo, files_metadata=True, timeout=timeout)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise WeightsError(
-                f"{constants.ENDPOINT} does not answer as the Hub does ({one_line(error)}): check "
+                f"{hub_name()} does not answer as the Hub does ({one_line(error)}): check "
                 "HF_ENDPOINT and the proxy",
                 retry=True,
             ) from error
@@ -289,7 +290,7 @@ def ask_hub(root: Path, repo: str, dtype: str) -> Snapshot:
             size, digest = item.lfs.size, item.lfs.sha256
         if size is None or digest is None or info.sha is None:
             raise WeightsError(
-                f"{constants.ENDPOINT} lists no size or digest of {path}: is HF_ENDPOINT right?",
+                f"{hub_name()} lists no size or digest of {path}: is HF_ENDPOINT right?",
                 retry=False,
             )
         files.append(RemoteFile(path, size, digest))
@@ -462,12 +463,19 @@ def write_reference(snapshot: Snapshot) -> None:
 # What went wrong, and what to do
 
 
-def wrong_size(file: RemoteFile, size: int) -> WeightsError:
-    """The Hub contradicts itself."""
+def hub_name() -> str:
+    """The Hub's address for people: without a user or token that HF_ENDPOINT may hold."""
     from huggingface_hub import constants
 
+    parts = urlsplit(constants.ENDPOINT)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def wrong_size(file: RemoteFile, size: int) -> WeightsError:
+    """The Hub contradicts itself."""
+
     return WeightsError(
-        f"{constants.ENDPOINT} sends {size} bytes of {file.path}, where its listing says "
+        f"{hub_name()} sends {size} bytes of {file.path}, where its listing says "
         f"{file.size}: try again later, or with another HF_ENDPOINT",
         retry=True,
     )
@@ -499,10 +507,9 @@ def explained(repo: str, root: Path) -> Iterator[None]:
 
 def explain_refusal(error: HfHubHTTPError, repo: str) -> WeightsError:
     """What an answer of the Hub that is no file means."""
-    from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    hub, status = constants.ENDPOINT, error.response.status_code
+    hub, status = hub_name(), error.response.status_code
     if isinstance(error, GatedRepoError):
         what = f"{repo} is gated: accept its terms at {hub}/{repo}, then set HF_TOKEN to a token "
         return WeightsError(f"{what}of that account", retry=False)
@@ -523,7 +530,6 @@ def explain_refusal(error: HfHubHTTPError, repo: str) -> WeightsError:
 def explain_failure(causes: Sequence[BaseException], root: Path) -> WeightsError:
     """What an error of the network or of the disk means, given with its causes."""
     import httpx2
-    from huggingface_hub import constants
 
     number = next((cause.errno for cause in causes if isinstance(cause, OSError)), None)
     if number in (errno.ENOSPC, errno.EDQUOT):
@@ -533,7 +539,7 @@ def explain_failure(causes: Sequence[BaseException], root: Path) -> WeightsError
         what = f"{root} cannot be written ({one_line(causes[0], paths=True)})"
         return WeightsError(f"{what}: set HF_HOME to a folder of this user", retry=False)
     if any(isinstance(cause, httpx2.HTTPError) for cause in causes):
-        what = f"{constants.ENDPOINT} cannot be reached ({one_line(causes[-1])})"
+        what = f"{hub_name()} cannot be reached ({one_line(causes[-1])})"
         return WeightsError(f"{what}: check the network, the proxy and HF_ENDPOINT", retry=True)
     what = f"the download stopped: {one_line(causes[0], paths=True)}"
     return WeightsError(f"{what}; look at the disk of {root}", retry=True)

@@ -20,6 +20,7 @@ from transformers import T5EncoderModel
 
 from mochi_app.engine import plan
 from mochi_app.engine.messages import Configure
+from mochi_app.engine.weight_files import weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -161,8 +162,9 @@ def part_options(
     folder: Path, name: str, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """What `from_pretrained` of one part wants: of two sets of files, the one in its own type."""
-    found = {".bf16" in path.name for path in (folder / name).glob("*.safetensors")}
-    small = True in found and (dtype is torch.bfloat16 or False not in found)
+    names = [path.name for path in (folder / name).iterdir()]
+    chosen = weight_files(name, names, name_of(dtype)) or weight_files(name, names, "bfloat16")
+    small = any(".bf16" in file for file in chosen)
     return {
         "subfolder": name,
         "dtype": dtype,

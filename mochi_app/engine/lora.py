@@ -86,7 +86,12 @@ class LoraShelf:
         if name is None:
             yield
             return
-        adapter = self.load(name)
+        with self.active(self.load(name), scale):
+            yield
+
+    @contextmanager
+    def active(self, adapter: str, scale: float) -> Iterator[None]:
+        """Run the pipeline with what `load` returned, times `scale`; no file is looked at."""
         try:
             self._pipe.set_adapters(adapter, scale)
             self._pipe.enable_lora()

@@ -267,15 +267,17 @@ class Engine:
     @contextmanager
     def _with_lora(self, request: Run) -> Iterator[None]:
         """The transformer with the LoRA that the request names, on all ranks or on none."""
-        problem: LoraError | None = None
-        if request.lora is not None:
-            try:
-                self._loras.load(request.lora)
-            except LoraError as error:
-                problem = error
-            if self._ranks.agree(problem is not None):
-                raise problem or LoraError(f"LoRA {request.lora!r}: another rank cannot read it")
-        with self._loras.use(request.lora, request.lora_scale):
+        if request.lora is None:
+            yield
+            return
+        adapter, problem = "", None
+        try:
+            adapter = self._loras.load(request.lora)
+        except LoraError as error:
+            problem = error
+        if self._ranks.agree(problem is not None):
+            raise problem or LoraError(f"LoRA {request.lora!r}: another rank cannot read it")
+        with self._loras.active(adapter, request.lora_scale):
             yield
 
     def _first_latents(self, request: Run) -> torch.Tensor:

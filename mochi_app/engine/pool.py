@@ -48,7 +48,7 @@ class SupervisedSlot:
     @property
     def ready(self) -> bool:
         """Whether a job can start here now."""
-        return self.slot.state is SlotState.READY and not self.leased
+        return self.slot.state is SlotState.READY and not self.slot.dying and not self.leased
 
     def describe(self) -> dict[str, Any]:
         """State for people and probes, JSON-ready."""
@@ -142,6 +142,7 @@ class Pool:
                 log.exception("slot %d: its supervisor stumbled", slot.index)
                 reason = f"{type(error).__name__}: {error}"
                 await slot.stop(grace=0)
+            self._provision.forget()  # the files may be what is wrong
             supervised.deaths += not slot.blameless
             supervised.restarts += 1
             supervised.reason = reason

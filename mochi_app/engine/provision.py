@@ -7,11 +7,10 @@ so backing off stays the pool's. The download itself is a process of its own (`w
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mochi_app.engine.weight_events import Progress, WeightsError, progress_text
+from mochi_app.engine.weight_events import Progress, progress_text
 from mochi_app.engine.weight_files import check_folder
 from mochi_app.engine.weights import WEIGHTS_COMMAND, fetch_weights
 from mochi_app.settings import Settings
@@ -46,17 +45,20 @@ class Provision:
         Raises:
             WeightsError: there is none that would load; asking again makes another attempt.
         """
-        attempt = self._attempt
-        if attempt is None or (attempt.done() and (attempt.cancelled() or attempt.exception())):
-            attempt = self._attempt = asyncio.create_task(self._provide(), name="weights")
-        return await asyncio.shield(attempt)
+        if self._attempt is None:
+            self._attempt = asyncio.create_task(self._provide(), name="weights")
+        return await asyncio.shield(self._attempt)
+
+    def forget(self) -> None:
+        """Look at the files again when next asked: a slot died, and they may be gone."""
+        if self._attempt is not None and self._attempt.done():
+            self._attempt = None
 
     async def stop(self) -> None:
         """End a download that is under way; what has come of it is kept for the next start."""
         if self._attempt is not None:
             self._attempt.cancel()
-            with contextlib.suppress(asyncio.CancelledError, WeightsError, OSError):
-                await self._attempt
+            await asyncio.gather(self._attempt, return_exceptions=True)
 
     async def _provide(self) -> Path:
         local = self._settings.model_dir

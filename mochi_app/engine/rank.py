@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from mochi_app.engine.messages import (
     MAX_LINE_BYTES,
@@ -197,8 +197,7 @@ def main(argv: Sequence[str] | None = None, loader: Loader = load_mochi) -> int:
     """Run the process to its end; returns the exit status of an orderly one.
 
     Raises:
-        SystemExit: the model did not load (status 1, the reason as one line on stderr), or the
-            command line is wrong (status 2).
+        SystemExit: the command line or the first message is wrong.
     """
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -234,7 +233,7 @@ def die_with_parent() -> None:
         leave(0)
 
 
-def leave(status: int) -> None:
+def leave(status: int) -> NoReturn:
     """End the process at once, from any thread."""
     sys.stderr.flush()
     os._exit(status)
@@ -272,15 +271,17 @@ def read(channel: Channel, inbox: Inbox) -> None:
 def load(config: Configure, channel: Channel, loader: Loader) -> Engine:
     """Load the model and report each stage of it.
 
-    Raises:
-        SystemExit: it did not load.
+    A model that does not load ends the process with status 1, its reason the last line on stderr:
+    at once, because an orderly exit would wait for other ranks and print more.
     """
     started = time.perf_counter()
     channel.send(Loading(what="importing"))
     try:
         engine = loader(config, channel.send)
     except Exception as error:
-        raise SystemExit(f"model did not load: {one_line(error, paths=True)}") from error
+        logger.debug("loading failed", exc_info=error)
+        sys.stderr.write(f"model did not load: {one_line(error, paths=True)}\n")
+        leave(1)
     seconds = time.perf_counter() - started
     channel.send(Ready(seconds=seconds, device=engine.device, versions=engine.versions))
     logger.info("slot %d rank %d ready in %.1f s", config.slot, config.rank, seconds)

@@ -283,6 +283,11 @@ class Slot:
         return [rank.pid for rank in self._ranks if rank.pid is not None]
 
     @property
+    def dying(self) -> bool:
+        """Whether its processes are gone or about to be, though `state` may not say so yet."""
+        return self._death is not None and self._death.done()
+
+    @property
     def job_id(self) -> str | None:
         """The job that runs here."""
         return self._job_id
@@ -349,7 +354,7 @@ class Slot:
             compile=self._settings.compile,
             quantization=self._settings.quantization,
             offload=self._settings.offload,
-            lora_dir=str(self._settings.lora_dir.resolve()) if self._settings.lora_dir else "",
+            lora_dir=str(self._settings.lora_dir or ""),
             height=self.video[0],
             width=self.video[1],
             num_frames=self.video[2],

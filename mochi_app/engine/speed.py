@@ -116,6 +116,8 @@ def check_compiler(device: torch.device) -> None:
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             raise LoadError("compile: expected the package triton, which comes with torch for CUDA")
+        if not any(shutil.which(os.environ.get("CC", name)) for name in ("gcc", "clang")):
+            raise LoadError("compile: triton expects a C compiler, and found no gcc or clang")
         return
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:

@@ -163,10 +163,11 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 async def _keep_stderr(stream: asyncio.StreamReader, tail: deque[str]) -> None:
     """Log the child's stderr and keep its last line."""
-    while line := await stream.readline():
-        if text := line.decode("utf-8", "backslashreplace").strip():
-            tail.append(text)
-            log.info("weights: %s", text)
+    while chunk := await stream.read(8192):  # a line may be longer than any limit
+        for line in chunk.decode("utf-8", "backslashreplace").splitlines():
+            if text := line.strip():
+                tail.append(text)
+                log.info("weights: %s", text)
 
 
 def _ending(process: asyncio.subprocess.Process, tail: Sequence[str]) -> str:

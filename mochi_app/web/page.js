@@ -1063,7 +1063,7 @@
         job.width,
         job.num_frames,
         job.schedule,
-        job.lora ?? "",
+        document.getElementById("mochi-lora") ? (job.lora ?? "") : "", // none on offer: no field
         job.lora_scale,
       ];
     },

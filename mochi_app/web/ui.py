@@ -289,10 +289,9 @@ def form(studio: Studio) -> list[Any]:
             value=jobs.DEFAULT_SCHEDULE,
             label="Schedule",
         )
-        loras = lora_names(studio.settings.lora_dir)
-        with gr.Row(visible=bool(loras)):
+        with gr.Row(visible=studio.settings.lora_dir is not None, elem_id="mochi-lora"):
             lora = gr.Dropdown(
-                [("None", ""), *loras],
+                lora_choices(studio),
                 value="",
                 label="LoRA",
                 allow_custom_value=True,  # one that is gone is refused by the studio, by name
@@ -301,6 +300,8 @@ def form(studio: Studio) -> list[Any]:
             lora_scale = gr.Slider(
                 0, jobs.MAX_LORA_SCALE, value=1, step=0.05, label="LoRA scale", min_width=120
             )
+        if studio.settings.lora_dir is not None:  # files come and go: look again with each page
+            gr.on(None, lambda: gr.Dropdown(lora_choices(studio)), None, lora, **UNQUEUED)
     return [
         prompt,
         negative_prompt,
@@ -315,6 +316,11 @@ def form(studio: Studio) -> list[Any]:
         lora,
         lora_scale,
     ]
+
+
+def lora_choices(studio: Studio) -> list[tuple[str, str]]:
+    """Label and name of each LoRA, and of none."""
+    return [("None", ""), *((name, name) for name in lora_names(studio.settings.lora_dir))]
 
 
 def side(label: str, value: int, most: int) -> gr.Slider:
