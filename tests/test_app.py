@@ -87,6 +87,9 @@ def test_every_endpoint_is_documented(app: Served) -> None:
         "width",
         "num_frames",
         "request_id",
+        "schedule",
+        "lora",
+        "lora_scale",
     ]
     assert submit == [item["parameter_name"] for item in info["/generate"]["parameters"]]
 

@@ -297,7 +297,8 @@ def test_a_cache_skips_blocks_and_stays_close(expected: np.ndarray[Any, Any]) ->
     runs = block_runs(engine)
     error = difference(frames_of(engine), expected)
     assert len(runs) == STEPS - SKIPPED
-    assert 0 < error < 3, error
+    another = frames_of(build(SpeedOptions()), replace(REQUEST, seed=1))
+    assert 0 < error < difference(another, expected) / 2, error
 
 
 @pytest.mark.parametrize(
@@ -368,8 +369,7 @@ def test_adapters_come_and_go_after_the_options(name: str, engine_with: Optioned
     error = difference(frames_of(engine), wanted)
     transformer.unload_lora()
     assert new_graphs(lambda: np.testing.assert_array_equal(frames_of(engine), first)) == 0
-    assert difference(wanted, first) > 10
-    assert error == 0 if name == "compile" else error < 4, error
+    assert error == 0 if name == "compile" else error < difference(wanted, first) / 2, error
     if name == "fp8":
         assert transformer.transformer_blocks[2].ff.net[2].weight.dtype is torch.float8_e4m3fn
 
