@@ -110,6 +110,27 @@ async def make_slot(tmp_path: Path) -> AsyncIterator[Callable[..., Slot]]:
 
 
 @pytest.fixture
+async def make_pool(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Pool]]]:
+    """`await make_pool(behaviour, **settings)`: a started pool over faked models."""
+    pools: list[Pool] = []
+
+    def scratch(slot: int) -> Path:
+        folder = tmp_path / f"slot{slot}"
+        folder.mkdir()
+        return folder
+
+    async def make(behaviour: str = "ok", **overrides: Any) -> Pool:
+        pool = Pool(quick_settings(**overrides), scratch, command=fake_engine(behaviour))
+        pools.append(pool)
+        pool.start()
+        return pool
+
+    yield make
+    for pool in pools:
+        await pool.stop(0.1)
+
+
+@pytest.fixture
 async def make_studio(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Studio]]]:
     """`await make_studio(behaviour, **settings)`: a started studio over a faked model.
 

@@ -6,37 +6,16 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mochi_app.engine.pool import Pool, threads_per_rank
 from mochi_app.engine.slot import Slot, SlotState
-from tests.conftest import alive, eventually, fake_engine, quick_settings
+from tests.conftest import alive, eventually, quick_settings
 
 MakePool = Callable[..., Awaitable[Pool]]
-
-
-@pytest.fixture
-async def make_pool(tmp_path: Path) -> AsyncIterator[MakePool]:
-    pools: list[Pool] = []
-
-    def scratch(slot: int) -> Path:
-        folder = tmp_path / str(slot)
-        folder.mkdir()
-        return folder
-
-    async def make(behaviour: str = "ok", **overrides: Any) -> Pool:
-        pool = Pool(quick_settings(**overrides), scratch, command=fake_engine(behaviour))
-        pools.append(pool)
-        pool.start()
-        return pool
-
-    yield make
-    for pool in pools:
-        await pool.stop(0.1)
 
 
 def state(pool: Pool, slot: int = 0) -> str:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from mochi_app.engine.pool import Pool
 from mochi_app.engine.provision import dtypes_of
-from tests.conftest import eventually, fake_engine, quick_settings
+from tests.conftest import eventually, quick_settings
 from tests.hub import REPO, Fault, Hub, folder_files
 from tests.serving import Served, poll
 
@@ -33,22 +32,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         yield hub
-
-
-@pytest.fixture
-async def make_pool(tmp_path: Path) -> AsyncIterator[MakePool]:
-    pools: list[Pool] = []
-
-    async def make(**overrides: Any) -> Pool:
-        settings = quick_settings(**overrides)
-        pool = Pool(settings, lambda slot: tmp_path, command=fake_engine())
-        pools.append(pool)
-        pool.start()
-        return pool
-
-    yield make
-    for pool in pools:
-        await pool.stop(0.1)
 
 
 @pytest.mark.parametrize(

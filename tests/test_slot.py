@@ -280,25 +280,19 @@ async def test_a_failed_job_of_a_group_costs_no_blame(make_slot: MakeSlot) -> No
     assert not slot.blameless
 
 
-async def test_a_group_whose_other_ranks_are_through_survives_a_failed_encode(
-    make_slot: MakeSlot,
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("no frames", "."), ("refuse", "no rank can do this")],
+    ids=["the others are through", "all refuse alike"],
+)
+async def test_a_failed_job_that_leaves_no_rank_waiting_costs_a_group_nothing(
+    make_slot: MakeSlot, prompt: str, message: str
 ) -> None:
     slot = make_slot(slots="cpu*2")
     await slot.start()
     pids = slot.pids
-    with pytest.raises(JobFailed):
-        await slot.run(request("no frames"), ignore)
-    assert slot.state is SlotState.READY
-    assert slot.pids == pids
-    assert (await slot.run(request(job_id="next"), ignore)).job_id == "next"
-
-
-async def test_a_group_whose_ranks_all_refuse_a_job_stays(make_slot: MakeSlot) -> None:
-    slot = make_slot(slots="cpu*2")
-    await slot.start()
-    pids = slot.pids
-    with pytest.raises(JobFailed, match="no rank can do this"):
-        await slot.run(request("refuse"), ignore)
+    with pytest.raises(JobFailed, match=message):
+        await slot.run(request(prompt), ignore)
     assert slot.state is SlotState.READY
     assert slot.pids == pids
     assert (await slot.run(request(job_id="next"), ignore)).job_id == "next"
