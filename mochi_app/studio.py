@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from mochi_app import __version__, scheduling
@@ -34,17 +34,18 @@ from mochi_app.jobs import (
     walkable,
     whole,
 )
+from mochi_app.live import Live, LiveJobs
 from mochi_app.loras import lora_names
 from mochi_app.media import MediaError, MediaStore
 from mochi_app.pulse import Pulse
 from mochi_app.settings import ModelDefaults, Settings
+from mochi_app.shelf import Shelf
 
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 2
 MAX_PAGE_SIZE = 100
 MAX_QUERY_CHARS = 200
-RECENT_SECONDS = 30.0  # how long a finished job stays in the live state
 JANITOR_SECONDS = 60.0
 FREE_DISK_MARGIN = 256 << 20  # bytes
 BYTES_PER_PIXEL_FRAME = 0.25  # more than any video at our quality has needed
@@ -55,21 +56,6 @@ INHERITED = (
     "num_frames", "fps", "schedule", "lora", "lora_scale", "options",
 )  # fmt: skip
 STORE_PAUSE_SECONDS = 1.0  # so that a store that refuses writes is not tried in a tight loop
-
-
-@dataclass
-class Live:
-    """What is known of a claimed job while it runs, and shortly after. Lost with the process."""
-
-    slot: int | None = None
-    stage: str = ""
-    step: int = 0
-    step_seconds: float | None = None
-    stage_began: float = 0.0
-    tiles: tuple[int, int] = (0, 0)  # decoded, of all
-    image: str | None = None
-    cancel_requested: bool = False
-    ended_at: float | None = None
 
 
 class Studio:
@@ -90,17 +76,12 @@ class Studio:
         self.pool = pool
         self.changed = Pulse()
         self.stopping = False
-        self.speeds = scheduling.Speeds()
+        self.live = LiveJobs(history, pool, lambda: self.waiting)
+        self.shelf = Shelf(history, media, self.changed, int(settings.quota_gib * 2**30))
         self._ids = JobIds(last=history.last_id)
-        self._live: dict[str, Live] = {}
-        self._claimed: set[str] = set()
         self._withdrawn: set[str] = set()
-        self._places: dict[str, scheduling.Place] = {}
-        self._places_key: tuple[int, int] | None = None
-        self._queue_moves = 0  # jobs that came to the queue or left it
         self._janitor: asyncio.Task[None] | None = None
         self._housework = asyncio.Event()  # set when the janitor should not wait for its hour
-        self._files = asyncio.Lock()  # a record and its files change together
         self._enhancing = asyncio.Lock()
         self._accepting = 0  # submits between the look at the backlog and their record
         self._turns = 0  # tickets that see a run to its end
@@ -152,7 +133,7 @@ class Studio:
         """Adopt or requeue jobs that are PROCESSING on paper only: their server died, or the
         record of their end could not be written."""
         for job in self.history.with_status(JobStatus.PROCESSING):
-            if job.id in self._claimed:
+            if job.id in self.live.claimed:
                 continue
             if self.media.video_path(job.id) is not None:
                 log.info("job %s: adopted its finished video", job.id)
@@ -175,27 +156,21 @@ class Studio:
         query = JobQuery(status=frozenset({JobStatus.COMPLETED}), page_size=SPEED_SAMPLE)
         for job in reversed(self.history.list(query).jobs):
             if job.model == self.settings.model_name:
-                self.speeds.observe(job)
+                self.live.speeds.observe(job)
 
     async def _keep_house(self) -> None:
         while True:
             try:
                 await self._mend_ownerless()
-                await self.empty_trash(older_than_hours=self.settings.trash_hours)
-                await self._enforce_quota()
-                self._forget_ended()
+                await self.shelf.empty_trash(older_than_hours=self.settings.trash_hours)
+                await self.shelf.enforce_quota()
+                self.live.forget_ended()
             except Exception:
                 log.exception("housekeeping failed; it is tried again")
                 await asyncio.sleep(STORE_PAUSE_SECONDS)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._housework.wait(), JANITOR_SECONDS)
             self._housework.clear()
-
-    def _forget_ended(self) -> None:
-        limit = time.monotonic() - RECENT_SECONDS
-        ended = [key for key, live in self._live.items() if (live.ended_at or limit + 1) < limit]
-        for job_id in ended:
-            del self._live[job_id]
 
     # What people ask for
 
@@ -273,7 +248,7 @@ class Studio:
         return job
 
     def _queue_moved(self) -> None:
-        self._queue_moves += 1
+        self.live.queue_moved()
         self.changed.beat()
 
     async def _require_room(self, job: Job) -> None:
@@ -291,7 +266,7 @@ class Studio:
                 f"the disk has {free / 2**30:.1f} GiB free, this video needs"
                 f" {needed / 2**30:.1f} GiB: delete videos or free the disk"
             )
-        if self.media.total_bytes() >= self.quota_bytes and not self.history.evictable(1):
+        if self.media.total_bytes() >= self.shelf.quota_bytes and not self.history.evictable(1):
             raise RequestError(
                 f"the quota of {self.settings.quota_gib:g} GiB is full of starred videos:"
                 " unstar or delete some"
@@ -378,8 +353,8 @@ class Studio:
         job = self.find(job_id)
         if job.status.terminal:
             return job
-        if job.id in self._claimed:
-            live = self._live[job.id]
+        if job.id in self.live.claimed:
+            live = self.live.jobs[job.id]
             live.cancel_requested = True
             if live.slot is not None:
                 self.pool.slots[live.slot].slot.cancel(job.id)
@@ -402,94 +377,32 @@ class Studio:
         self.changed.beat()
         return job
 
-    # Trash
-
     async def delete(self, job_id: Any) -> Job:
         """Put an ended job into the trash: nobody sees it or its files from now on.
 
         Raises:
             Conflict: it has not ended. Otherwise as `find`.
         """
-        job = self.find(job_id)
-        if not job.status.terminal:
-            raise Conflict(f"job {job.id} is {job.status}: cancel it before deleting it")
-        async with self._files:
-            job = await self.history.update(
-                job.id, lambda job: replace(job, deleted_at=job.deleted_at or time.time())
-            )
-            await asyncio.to_thread(self.media.withhold, job.id)
-        self.changed.beat()
-        return job
+        return await self.shelf.delete(self.find(job_id))
 
     async def restore(self, job_id: Any) -> Job:
-        """Undo a delete.
+        """Undo a delete. Raises NotFound when the trash has no such job (any more)."""
+        return await self.shelf.restore(job_id)
 
-        Raises:
-            NotFound: the trash has no such job (any more).
-        """
-        async with self._files:
-            job = self.history.get(parse_job_id(job_id))
-            if job is None or job.deleted_at is None:
-                raise NotFound(f"job_id: the trash has no such job: {job_id}")
-            await asyncio.to_thread(self.media.unwithhold, job.id)
-            job = await self.history.update(job.id, lambda job: replace(job, deleted_at=None))
-        self.changed.beat()
-        return job
+    async def empty_trash(self) -> int:
+        """Remove the deleted jobs for good; returns how many."""
+        return await self.shelf.empty_trash()
 
-    async def empty_trash(self, older_than_hours: float = 0.0) -> int:
-        """Remove deleted jobs for good, files first; returns how many."""
-        limit = time.time() - older_than_hours * 3600
-        purged = 0
-        for job in self.history.trashed():
-            async with self._files:
-                purged += await self._purge(job.id, limit)
-        return purged
-
-    async def _purge(self, job_id: str, limit: float) -> bool:
-        """Remove a job deleted before `limit`, unless it was restored or purged meanwhile."""
-        job = self.history.get(job_id)
-        if job is None or job.deleted_at is None or job.deleted_at > limit:
-            return False
-        await asyncio.to_thread(self.media.remove, job.id)
-        await self.history.remove(job.id)
-        self._live.pop(job.id, None)
-        self.changed.beat()
-        return True
-
-    # Quota
-
-    @property
-    def quota_bytes(self) -> int:
-        """Room for videos."""
-        return int(self.settings.quota_gib * 2**30)
-
-    async def _enforce_quota(self) -> None:
-        """Make room: the trash goes first, then the oldest unstarred videos, not their records."""
-        while self.media.total_bytes() > self.quota_bytes:
-            async with self._files:
-                if not await self._remove_next():
-                    return
-
-    async def _remove_next(self) -> bool:
-        """Remove what the quota can best do without; False when there is nothing."""
-        trashed = min(self.history.trashed(), key=lambda job: job.deleted_at or 0, default=None)
-        if trashed is not None:
-            return await self._purge(trashed.id, time.time())
-        for job in self.history.evictable(1):
-            log.info("job %s: video evicted, the quota is full", job.id)
-            job = await self.history.update(job.id, evicted)
-            if job.evicted_at is not None:
-                await asyncio.to_thread(self.media.remove_video, job.id)
-            self.changed.beat()
-            return True
-        return False
+    def view(self, job: Job) -> dict[str, Any]:
+        """The job as every door shows it."""
+        return self.live.view(job)
 
     # Turns
 
     @property
     def waiting(self) -> list[Job]:
         """Jobs that wait for a slot, oldest first."""
-        taken = self._claimed | self._withdrawn
+        taken = self.live.claimed | self._withdrawn
         return [job for job in self.history.with_status(JobStatus.PENDING) if job.id not in taken]
 
     @property
@@ -525,17 +438,15 @@ class Studio:
         slot = self.pool.ready_slot()
         if slot is None or self.stopping:
             return None
-        job = scheduling.next_job(self.waiting, self.speeds.run_seconds)
+        job = scheduling.next_job(self.waiting, self.live.speeds.run_seconds)
         if job is None:
             return None
-        self._claimed.add(job.id)
-        self._live[job.id] = Live(stage="starting", stage_began=time.monotonic())
-        self._queue_moves += 1
+        self.live.claim(job.id)
         return slot, job
 
     async def _execute(self, slot: Slot, job: Job) -> bool:
         """Run a claimed job on a leased slot; True when the slot did its work."""
-        live = self._live[job.id]
+        live = self.live.jobs[job.id]
         try:
             job = await self.history.update(
                 job.id,
@@ -558,10 +469,8 @@ class Studio:
             await asyncio.sleep(STORE_PAUSE_SECONDS)
             return True
         finally:
-            live.ended_at = time.monotonic()
-            live.image = None
-            self._claimed.discard(job.id)
-            self._queue_moved()
+            self.live.release(job.id)
+            self.changed.beat()
 
     async def _attempt(self, slot: Slot, job: Job, live: Live) -> bool:
         try:
@@ -596,8 +505,8 @@ class Studio:
                 poster=poster,
             ),
         )
-        self.speeds.observe(job)
-        if self.media.total_bytes() > self.quota_bytes:
+        self.live.speeds.observe(job)
+        if self.media.total_bytes() > self.shelf.quota_bytes:
             self._housework.set()
         return True
 
@@ -659,74 +568,6 @@ class Studio:
                 live.image = event.image
         self.changed.beat()
 
-    # Views
-
-    def view(self, job: Job) -> dict[str, Any]:
-        """The job as every door shows it: its record, its live state, where its files are."""
-        live = self._live.get(job.id) if job.id in self._claimed else None
-        place = self._place(job)
-        there = job.status is JobStatus.COMPLETED and job.deleted_at is None
-        done = job.status is JobStatus.COMPLETED
-        return job.to_record() | {
-            "enhanced": job.enhanced,
-            "steps": job.num_inference_steps,
-            "step": job.num_inference_steps if done else live.step if live else 0,
-            "stage": live.stage if live else "",
-            "tile": live.tiles[0] if live else 0,
-            "tiles": live.tiles[1] if live else 0,
-            "cancel_requested": bool(live and live.cancel_requested),
-            "position": place.position if place else None,
-            "eta_seconds": self._eta(job, live, place),
-            "video_url": f"/files/{job.id}" if there and job.evicted_at is None else None,
-            "poster_url": f"/files/{job.id}/poster" if there and job.poster else None,
-        }
-
-    def image(self, job_id: str) -> str | None:
-        """The newest live picture of a running job, a data URL."""
-        live = self._live.get(job_id)
-        return live.image if live else None
-
-    def _place(self, job: Job) -> scheduling.Place | None:
-        if job.status is not JobStatus.PENDING:
-            return None
-        return self._all_places().get(job.id)
-
-    def _all_places(self) -> dict[str, scheduling.Place]:
-        """Places of all waiting jobs; computed when one comes or goes, and each half second."""
-        key = (self._queue_moves, int(time.monotonic() * 2))
-        if key != self._places_key:
-            self._places = scheduling.places(
-                self.waiting, self._busy_seconds(), self.speeds.run_seconds
-            )
-            self._places_key = key
-        return self._places
-
-    def _busy_seconds(self) -> list[float | None]:
-        seconds: list[float | None] = []
-        for supervised in self.pool.slots:
-            job_id = supervised.slot.job_id
-            job = self.history.get(job_id) if job_id else None
-            if job is not None:
-                seconds.append(self._eta(job, self._live.get(job.id), None))
-            elif supervised.ready:
-                seconds.append(0.0)
-        return seconds
-
-    def _eta(self, job: Job, live: Live | None, place: scheduling.Place | None) -> float | None:
-        """Seconds until the job's video is there; None when that is not known."""
-        if place is not None:
-            return place.eta_seconds and round(place.eta_seconds, 1)
-        if live is None or job.status is not JobStatus.PROCESSING:
-            return None
-        left = self.speeds.run_seconds(job, live.step)
-        if left is None and live.step_seconds is not None:
-            left = (job.num_inference_steps - live.step) * live.step_seconds
-        if left is None:
-            return None
-        # Stages after the last step report no progress of their own: count their time down.
-        idle = time.monotonic() - live.stage_began if live.step == job.num_inference_steps else 0
-        return round(max(0.0, left - idle), 1)
-
     async def watch(self, job_id: Any, interval: float = 0.5) -> AsyncIterator[dict[str, Any]]:
         """The job's view whenever it changes, to its end: a new status at once, its steps at most
         every `interval` seconds.
@@ -751,20 +592,6 @@ class Studio:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.changed.after(count), pause)
 
-    def snapshot(self, limit: int) -> dict[str, Any]:
-        """What a page shows live: slots, counts, and views of at most `limit` jobs: the running
-        ones, those that just ended, and the oldest that wait."""
-        recent = [self.history.get(job_id) for job_id in self._live]
-        shown = {job.id: job for job in recent if job is not None and job.deleted_at is None}
-        for job in self.history.with_status(JobStatus.PENDING)[: max(0, limit - len(shown))]:
-            shown[job.id] = job
-        return {
-            "slots": [slot.describe() for slot in self.pool.slots],
-            "pending": self.history.count(JobStatus.PENDING),
-            "processing": self.history.count(JobStatus.PROCESSING),
-            "jobs": [self.view(job) | {"image": self.image(job.id)} for job in shown.values()],
-        }
-
     def health(self) -> dict[str, Any]:
         """Whether a video could be made now, and if not, why."""
         reasons = []
@@ -784,12 +611,6 @@ def reason_of(error: Exception) -> str:
 def cancelled(job: Job) -> Job:
     """The move to CANCELLED."""
     return job.moved(JobStatus.CANCELLED, completed_processing_at=time.time())
-
-
-def evicted(job: Job) -> Job:
-    """Without its video from now on, unless it was starred or deleted meanwhile."""
-    kept = job.starred or job.deleted_at is not None
-    return job if kept else replace(job, evicted_at=time.time())
 
 
 def withdrawn(job: Job) -> Job:

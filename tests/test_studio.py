@@ -370,7 +370,7 @@ async def test_trash_hides_restores_and_empties(make_studio: MakeStudio) -> None
     assert studio.media.video_path(job.id) is not None
     assert studio.list_jobs()["total"] == 1
     await studio.delete(job.id)
-    assert await studio.empty_trash(older_than_hours=1) == 0
+    assert await studio.shelf.empty_trash(older_than_hours=1) == 0
     assert await studio.empty_trash() == 1
     assert studio.history.get(job.id) is None
     with pytest.raises(NotFound, match="trash"):
@@ -455,8 +455,8 @@ async def test_the_quota_evicts_the_oldest_unstarred_video_and_keeps_its_record(
     jobs = [await ended(studio, await studio.submit(prompt="p", seed=i)) for i in range(3)]
     await studio.star(jobs[0].id)
     two = studio.media.size(jobs[0].id) + studio.media.size(jobs[2].id) + 1
-    studio.settings = studio.settings.model_copy(update={"quota_gib": two / 2**30})
-    await studio._enforce_quota()
+    studio.shelf.quota_bytes = two
+    await studio.shelf.enforce_quota()
     there = [studio.media.video_path(job.id) is not None for job in jobs]
     assert there == [True, False, True]
     evicted = studio.status(jobs[1].id)
@@ -477,7 +477,7 @@ async def test_a_quota_that_cannot_be_kept_hurts_neither_job_nor_slot(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(studio.media, "remove_video", refuse)
-    studio.settings = studio.settings.model_copy(update={"quota_gib": 1e-9})
+    studio.shelf.quota_bytes = 1
     after = await ended(studio, await studio.submit(prompt="p", seed=1))
     assert after.status is JobStatus.COMPLETED
     assert studio.pool.slots[0].slot.pids == pids
@@ -487,7 +487,7 @@ async def test_a_quota_full_of_stars_refuses_new_jobs(make_studio: MakeStudio) -
     studio = await make_studio()
     job = await ended(studio, await studio.submit(prompt="p"))
     await studio.star(job.id)
-    studio.settings = studio.settings.model_copy(update={"quota_gib": 1e-9})
+    studio.shelf.quota_bytes = 1
     with pytest.raises(RequestError, match="starred"):
         await studio.submit(prompt="p")
     await studio.star(job.id, False)

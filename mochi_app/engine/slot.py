@@ -15,15 +15,10 @@ What is watched, and what each catches:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import signal
-import socket
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -31,15 +26,13 @@ from typing import Any
 
 from mochi_app.engine import messages
 from mochi_app.engine.messages import Message
-from mochi_app.settings import PROJECT_DIR, Settings, SlotSpec
+from mochi_app.engine.rank_process import RankProcess, unbroken
+from mochi_app.settings import Settings, SlotSpec
 
 log = logging.getLogger(__name__)
 
 ENGINE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "mochi_app.engine.rank")
 WATCH_INTERVAL = 0.1  # seconds between looks at the deadlines
-EXIT_GRACE = 1.0  # seconds an exit status may lag behind the end of its channel
-REAP_SECONDS = 3.0  # a process stuck in a driver is left to the kernel after that
-STDERR_TAIL = 20  # lines
 
 
 class SlotState(StrEnum):
@@ -75,161 +68,6 @@ class Deadline:
 async def first_of(*futures: asyncio.Future[Any]) -> None:
     """Wait until one of the futures is done; none is cancelled."""
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
-
-
-async def unbroken(work: Coroutine[Any, Any, None]) -> None:
-    """Await `work` to its end even when cancelled meanwhile: a half spawned child has no owner."""
-    task = asyncio.create_task(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
-
-
-class RankProcess:
-    """One rank: its process, its channel and the tail of its stderr."""
-
-    def __init__(self, rank: int, device: str) -> None:
-        self.rank = rank
-        self.device = device
-        self.ready = False
-        self.heard_at = time.monotonic()
-        self.tail: deque[str] = deque(maxlen=STDERR_TAIL)
-        self._process: asyncio.subprocess.Process | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._reader: asyncio.StreamReader | None = None
-        self._stderr_task: asyncio.Task[None] | None = None
-
-    @property
-    def pid(self) -> int | None:
-        """Process id, None before the spawn."""
-        return self._process.pid if self._process else None
-
-    async def spawn(self, command: Sequence[str], name: str) -> None:
-        """Start the process in a session of its own, with one end of a socketpair.
-
-        Must run on the loop's own thread: the death signal that the rank asks for follows the
-        thread that spawned it.
-        """
-        ours, theirs = socket.socketpair()
-        try:
-            self._process = await asyncio.create_subprocess_exec(
-                *command,
-                "--channel",
-                str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-                cwd=PROJECT_DIR,
-                env=self._environment(),
-            )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        self._reader, self._writer = await asyncio.open_unix_connection(
-            sock=ours, limit=messages.MAX_LINE_BYTES
-        )
-        self._stderr_task = asyncio.create_task(self._keep_stderr(name))
-
-    def _environment(self) -> dict[str, str]:
-        visible = "" if self.device == "cpu" else self.device
-        return os.environ | {
-            "CUDA_VISIBLE_DEVICES": visible,
-            "PYTHONUNBUFFERED": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
-
-    async def _keep_stderr(self, name: str) -> None:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        partial = ""
-        while chunk := await self._process.stdout.read(8192):
-            *lines, partial = (partial + chunk.decode("utf-8", "backslashreplace")).split("\n")
-            for line in lines:
-                self._keep_line(name, line)
-            partial = partial[-8192:]
-        self._keep_line(name, partial)
-
-    def _keep_line(self, name: str, line: str) -> None:
-        if line.strip():
-            self.tail.append(line.rstrip())
-            log.info("%s: %s", name, line.rstrip())
-
-    async def receive(self) -> Message | None:
-        """The next message, None at the end of the channel.
-
-        Raises:
-            messages.ProtocolError: something else came.
-        """
-        assert self._reader is not None
-        try:
-            line = await self._reader.readline()
-        except ConnectionError:
-            return None
-        except ValueError as error:  # longer than the limit
-            raise messages.ProtocolError(str(error)) from error
-        if not line:
-            return None
-        if not line.endswith(b"\n"):
-            raise messages.ProtocolError(f"half a message: {line[:80]!r}")
-        return messages.decode(line)
-
-    def send(self, message: Message) -> None:
-        """Write a command. A dead process is noticed by its exit, not here."""
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(messages.encode(message))
-
-    def kill(self) -> None:
-        """SIGKILL to the rank and all that it started."""
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-
-    async def wait(self, timeout: float | None = None) -> int | None:
-        """The exit status; None when it is not there within `timeout` seconds."""
-        if self._process is None:
-            return None
-        try:
-            return await asyncio.wait_for(self._process.wait(), timeout)
-        except TimeoutError:
-            return None
-
-    async def last_words(self) -> None:
-        """Give a process that closed its channel a moment to leave its exit status and stderr."""
-        await self.wait(EXIT_GRACE)
-        if self._stderr_task is not None:
-            await asyncio.wait([self._stderr_task], timeout=EXIT_GRACE)
-
-    async def close(self) -> None:
-        """Reap the process and free the channel."""
-        if await self.wait(REAP_SECONDS) is None and self._process is not None:
-            log.error("rank %d (pid %s) does not end, even by SIGKILL", self.rank, self.pid)
-        if self._writer is not None:
-            self._writer.close()
-        if self._stderr_task is not None:
-            # A grandchild that holds the pipe must not hold us.
-            await asyncio.wait([self._stderr_task], timeout=EXIT_GRACE)
-            self._stderr_task.cancel()
-        if self._process is not None:
-            # Else it closes itself a few turns of the loop later, which may have ended by then.
-            self._process._transport.close()  # type: ignore[attr-defined]
-
-    def ending(self) -> str:
-        """How the process ended, for people: signal or exit code, and its last words."""
-        code = self._process.returncode if self._process else None
-        who = f"rank {self.rank} (pid {self.pid})"
-        if code is None:
-            return f"{who} closed its channel"
-        if code < 0:
-            return f"{who} was killed by {signal.Signals(-code).name}"
-        words = f": {self.tail[-1]}" if self.tail and code else ""
-        return f"{who} exited with code {code}{words}"
 
 
 class Slot:

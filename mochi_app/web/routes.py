@@ -43,7 +43,7 @@ class EventFeed:
         key = (self._studio.changed.count, int(time.monotonic()))  # ETAs age without a change
         if self._key != key:
             self._key = key
-            snapshot = self._studio.snapshot(LIVE_JOBS)
+            snapshot = self._studio.live.snapshot(LIVE_JOBS)
             self._payload = b"data: " + orjson.dumps(snapshot) + b"\n\n"
         return self._payload
 
@@ -94,7 +94,7 @@ class StudioCollector(Collector):
                 "mochi_videos_bytes", "Bytes of all videos.", value=studio.media.total_bytes()
             ),
             GaugeMetricFamily(
-                "mochi_quota_bytes", "Room for videos, in bytes.", value=studio.quota_bytes
+                "mochi_quota_bytes", "Room for videos, in bytes.", value=studio.shelf.quota_bytes
             ),
             GaugeMetricFamily(
                 "mochi_disk_free_bytes", "Free on the data disk.", value=studio.media.free_bytes()

@@ -1,0 +1,156 @@
+"""What is known of jobs while they run, and how a job is shown: its record, progress, place, ETA.
+
+All of it is lost with the process, and none of it is needed to go on: the history is the truth.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mochi_app import scheduling
+from mochi_app.engine.pool import Pool
+from mochi_app.history import History
+from mochi_app.jobs import Job, JobStatus
+
+RECENT_SECONDS = 30.0  # how long a finished job stays in the live state
+
+
+@dataclass
+class Live:
+    """What is known of a claimed job while it runs, and shortly after. Lost with the process."""
+
+    slot: int | None = None
+    stage: str = ""
+    step: int = 0
+    step_seconds: float | None = None
+    stage_began: float = 0.0
+    tiles: tuple[int, int] = (0, 0)  # decoded, of all
+    image: str | None = None
+    cancel_requested: bool = False
+    ended_at: float | None = None
+
+
+class LiveJobs:
+    """The claimed jobs of this server, by id, and the measured speeds that ETAs come from.
+
+    `waiting` answers with the jobs that wait for a slot, oldest first.
+    """
+
+    def __init__(self, history: History, pool: Pool, waiting: Callable[[], list[Job]]) -> None:
+        self.claimed: set[str] = set()
+        self.jobs: dict[str, Live] = {}
+        self.speeds = scheduling.Speeds()
+        self._history = history
+        self._pool = pool
+        self._waiting = waiting
+        self._places: dict[str, scheduling.Place] = {}
+        self._places_key: tuple[int, int] | None = None
+        self._moves = 0  # jobs that came to the queue or left it
+
+    def queue_moved(self) -> None:
+        """A job came to the queue or left it: places are to be counted anew."""
+        self._moves += 1
+
+    def claim(self, job_id: str) -> None:
+        """The job is about to run."""
+        self.claimed.add(job_id)
+        self.jobs[job_id] = Live(stage="starting", stage_began=time.monotonic())
+        self.queue_moved()
+
+    def release(self, job_id: str) -> None:
+        """The run is over; its last state is shown for a while."""
+        live = self.jobs[job_id]
+        live.ended_at = time.monotonic()
+        live.image = None
+        self.claimed.discard(job_id)
+        self.queue_moved()
+
+    def forget_ended(self) -> None:
+        """Drop what ended a while ago, or was removed."""
+        limit = time.monotonic() - RECENT_SECONDS
+        for job_id, live in list(self.jobs.items()):
+            if live.ended_at is not None and live.ended_at < limit:
+                del self.jobs[job_id]
+
+    def view(self, job: Job) -> dict[str, Any]:
+        """The job as every door shows it: its record, its live state, where its files are."""
+        live = self.jobs.get(job.id) if job.id in self.claimed else None
+        place = self._place(job)
+        there = job.status is JobStatus.COMPLETED and job.deleted_at is None
+        done = job.status is JobStatus.COMPLETED
+        return job.to_record() | {
+            "enhanced": job.enhanced,
+            "steps": job.num_inference_steps,
+            "step": job.num_inference_steps if done else live.step if live else 0,
+            "stage": live.stage if live else "",
+            "tile": live.tiles[0] if live else 0,
+            "tiles": live.tiles[1] if live else 0,
+            "cancel_requested": bool(live and live.cancel_requested),
+            "position": place.position if place else None,
+            "eta_seconds": self._eta(job, live, place),
+            "video_url": f"/files/{job.id}" if there and job.evicted_at is None else None,
+            "poster_url": f"/files/{job.id}/poster" if there and job.poster else None,
+        }
+
+    def image(self, job_id: str) -> str | None:
+        """The newest live picture of a running job, a data URL."""
+        live = self.jobs.get(job_id)
+        return live.image if live else None
+
+    def _place(self, job: Job) -> scheduling.Place | None:
+        if job.status is not JobStatus.PENDING:
+            return None
+        return self._all_places().get(job.id)
+
+    def _all_places(self) -> dict[str, scheduling.Place]:
+        """Places of all waiting jobs; computed when one comes or goes, and each half second."""
+        key = (self._moves, int(time.monotonic() * 2))
+        if key != self._places_key:
+            self._places = scheduling.places(
+                self._waiting(), self._busy_seconds(), self.speeds.run_seconds
+            )
+            self._places_key = key
+        return self._places
+
+    def _busy_seconds(self) -> list[float | None]:
+        seconds: list[float | None] = []
+        for supervised in self._pool.slots:
+            job_id = supervised.slot.job_id
+            job = self._history.get(job_id) if job_id else None
+            if job is not None:
+                seconds.append(self._eta(job, self.jobs.get(job.id), None))
+            elif supervised.ready:
+                seconds.append(0.0)
+        return seconds
+
+    def _eta(self, job: Job, live: Live | None, place: scheduling.Place | None) -> float | None:
+        """Seconds until the job's video is there; None when that is not known."""
+        if place is not None:
+            return place.eta_seconds and round(place.eta_seconds, 1)
+        if live is None or job.status is not JobStatus.PROCESSING:
+            return None
+        left = self.speeds.run_seconds(job, live.step)
+        if left is None and live.step_seconds is not None:
+            left = (job.num_inference_steps - live.step) * live.step_seconds
+        if left is None:
+            return None
+        # Stages after the last step report no progress of their own: count their time down.
+        idle = time.monotonic() - live.stage_began if live.step == job.num_inference_steps else 0
+        return round(max(0.0, left - idle), 1)
+
+    def snapshot(self, limit: int) -> dict[str, Any]:
+        """What a page shows live: slots, counts, and views of at most `limit` jobs: the running
+        ones, those that just ended, and the oldest that wait."""
+        recent = [self._history.get(job_id) for job_id in self.jobs]
+        shown = {job.id: job for job in recent if job is not None and job.deleted_at is None}
+        for job in self._history.with_status(JobStatus.PENDING)[: max(0, limit - len(shown))]:
+            shown[job.id] = job
+        return {
+            "slots": [slot.describe() for slot in self._pool.slots],
+            "pending": self._history.count(JobStatus.PENDING),
+            "processing": self._history.count(JobStatus.PROCESSING),
+            "jobs": [self.view(job) | {"image": self.image(job.id)} for job in shown.values()],
+        }

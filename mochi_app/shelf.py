@@ -1,0 +1,109 @@
+"""What is kept of finished jobs: the trash, and the quota of the videos.
+
+A record and its files change together, under one lock; files go before the record that names them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+from mochi_app.history import History
+from mochi_app.jobs import Conflict, Job, NotFound, parse_job_id
+from mochi_app.media import MediaStore
+from mochi_app.pulse import Pulse
+
+log = logging.getLogger(__name__)
+
+
+class Shelf:
+    """The ended jobs of one data folder and their files."""
+
+    def __init__(
+        self, history: History, media: MediaStore, changed: Pulse, quota_bytes: int
+    ) -> None:
+        self._history = history
+        self._media = media
+        self._changed = changed
+        self.quota_bytes = quota_bytes  # room for videos
+        self._changing = asyncio.Lock()
+
+    async def delete(self, job: Job) -> Job:
+        """Put an ended job into the trash: nobody sees it or its files from now on.
+
+        Raises:
+            Conflict: it has not ended.
+        """
+        if not job.status.terminal:
+            raise Conflict(f"job {job.id} is {job.status}: cancel it before deleting it")
+        async with self._changing:
+            job = await self._history.update(
+                job.id, lambda job: replace(job, deleted_at=job.deleted_at or time.time())
+            )
+            await asyncio.to_thread(self._media.withhold, job.id)
+        self._changed.beat()
+        return job
+
+    async def restore(self, job_id: Any) -> Job:
+        """Undo a delete.
+
+        Raises:
+            NotFound: the trash has no such job (any more).
+        """
+        async with self._changing:
+            job = self._history.get(parse_job_id(job_id))
+            if job is None or job.deleted_at is None:
+                raise NotFound(f"job_id: the trash has no such job: {job_id}")
+            await asyncio.to_thread(self._media.unwithhold, job.id)
+            job = await self._history.update(job.id, lambda job: replace(job, deleted_at=None))
+        self._changed.beat()
+        return job
+
+    async def empty_trash(self, older_than_hours: float = 0.0) -> int:
+        """Remove deleted jobs for good, files first; returns how many."""
+        limit = time.time() - older_than_hours * 3600
+        purged = 0
+        for job in self._history.trashed():
+            async with self._changing:
+                purged += await self._purge(job.id, limit)
+        return purged
+
+    async def _purge(self, job_id: str, limit: float) -> bool:
+        """Remove a job deleted before `limit`, unless it was restored or purged meanwhile."""
+        job = self._history.get(job_id)
+        if job is None or job.deleted_at is None or job.deleted_at > limit:
+            return False
+        await asyncio.to_thread(self._media.remove, job.id)
+        await self._history.remove(job.id)
+        self._changed.beat()
+        return True
+
+    async def enforce_quota(self) -> None:
+        """Make room: the trash goes first, then the oldest unstarred videos, not their records."""
+        while self._media.total_bytes() > self.quota_bytes:
+            async with self._changing:
+                if not await self._remove_next():
+                    return
+
+    async def _remove_next(self) -> bool:
+        """Remove what the quota can best do without; False when there is nothing."""
+        trashed = min(self._history.trashed(), key=lambda job: job.deleted_at or 0, default=None)
+        if trashed is not None:
+            return await self._purge(trashed.id, time.time())
+        for job in self._history.evictable(1):
+            log.info("job %s: video evicted, the quota is full", job.id)
+            job = await self._history.update(job.id, evicted)
+            if job.evicted_at is not None:
+                await asyncio.to_thread(self._media.remove_video, job.id)
+            self._changed.beat()
+            return True
+        return False
+
+
+def evicted(job: Job) -> Job:
+    """Without its video from now on, unless it was starred or deleted meanwhile."""
+    kept = job.starred or job.deleted_at is not None
+    return job if kept else replace(job, evicted_at=time.time())
