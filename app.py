@@ -13,7 +13,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import FrameType
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -24,6 +24,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from mochi_app.engine.pool import Pool
+from mochi_app.engine.slot import ENGINE_COMMAND
 from mochi_app.history import History, HistoryError
 from mochi_app.media import MediaStore
 from mochi_app.settings import Settings, SettingsError, load_model_defaults, load_settings
@@ -104,14 +105,14 @@ def server_port() -> int:
     return int(value)
 
 
-async def serve(settings: Settings) -> None:
-    """Compose everything and serve until a signal."""
+async def serve(settings: Settings, engine_command: Sequence[str] = ENGINE_COMMAND) -> None:
+    """Compose everything and serve until a signal. `engine_command` starts a rank."""
     defaults = load_model_defaults(settings)
     history = await History.open(settings.data_dir)
     media = await asyncio.to_thread(MediaStore, settings.data_dir)
     swept = await asyncio.to_thread(media.sweep)
     log.info("swept leftovers: %s", swept)
-    pool = Pool(settings, media.scratch)
+    pool = Pool(settings, media.scratch, command=engine_command)
     studio = Studio(settings, defaults, history, media, pool)
     config = uvicorn.Config(
         build_web(studio, secrets.token_urlsafe(32)),
@@ -124,14 +125,14 @@ async def serve(settings: Settings) -> None:
     await Server(config, studio).serve()
 
 
-def main() -> int:
+def main(engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
     """Run the app; the exit code says whether it could start."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        asyncio.run(serve(load_settings()))
+        asyncio.run(serve(load_settings(), engine_command))
     except (SettingsError, HistoryError, OSError) as error:
         log.error("cannot start: %s", error)
         return 2

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,14 @@ def poll(condition: Callable[[], Any], what: str, deadline: float = DEADLINE) ->
 class Served:
     """`python app.py` on a free port of 127.0.0.1 over a data folder that outlives it."""
 
-    def __init__(self, data_dir: Path, **settings: str) -> None:
+    def __init__(
+        self, data_dir: Path, *, program: Sequence[str] = ("app.py",), **settings: str
+    ) -> None:
         self.data_dir = data_dir
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = data_dir.parent / f"{data_dir.name}.log"
+        self._program = program
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -68,7 +71,7 @@ class Served:
         }
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "app.py"],
+                [sys.executable, *self._program],
                 cwd=PROJECT_DIR,
                 env=inherited | own | self._settings,
                 stdout=output,

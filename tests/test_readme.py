@@ -14,6 +14,7 @@ import pytest
 from pydantic.fields import FieldInfo
 
 from mochi_app.settings import ENV_PREFIX, PROJECT_DIR, Settings
+from tests.faults.__main__ import table as fault_table
 from tests.serving import Served
 
 README = (PROJECT_DIR / "README.md").read_text(encoding="utf-8")
@@ -64,6 +65,10 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def test_the_settings_table_is_the_declarations() -> None:
     assert section("settings") == settings_table(), "python -m tests.test_readme rewrites it"
+
+
+def test_the_reliability_table_is_the_fault_matrix() -> None:
+    assert section("faults") == fault_table(), "python -m tests.faults rewrites it"
 
 
 def test_what_the_readme_shows_exists() -> None:
