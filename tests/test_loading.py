@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mochi_app.engine import plan
+from mochi_app.engine import costs
 from mochi_app.engine.loading import LoadError, Precision, check_memory
 from mochi_app.engine.messages import Configure
 
@@ -24,7 +24,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with the configuration of the published model, and no weights."""
     folder = tmp_path_factory.mktemp("published")
     parts = ("transformer", "vae", "text_encoder")
-    for name, config in zip(parts, (plan.TRANSFORMER, plan.VAE, plan.TEXT_ENCODER), strict=True):
+    for name, config in zip(parts, (costs.TRANSFORMER, costs.VAE, costs.TEXT_ENCODER), strict=True):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(dict(config)))
     return str(folder)

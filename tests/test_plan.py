@@ -25,8 +25,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5EncoderModel
 
-from mochi_app.engine import parallel, plan
-from mochi_app.engine.plan import FitError, LiveBytes, PlanError, Setting
+from mochi_app.engine import costs, fit, parallel, plan
+from mochi_app.engine.costs import LiveBytes
+from mochi_app.engine.fit import FitError, PlanError, Setting
 
 TINY = str(Path(__file__).parents[1] / "assets" / "tiny-mochi")
 MESHES = [(1, 1), (2, 1), (1, 2), (1, 3), (2, 2), (2, 3), (1, 4), (2, 4)]
@@ -44,14 +45,14 @@ def flop_counter() -> FlopCounterMode:
 
 
 @pytest.fixture(scope="module")
-def published() -> plan.Parts:
-    return plan.build_parts(None)
+def published() -> fit.Parts:
+    return fit.build_parts(None)
 
 
 @pytest.fixture(scope="module")
 def tiny() -> MochiTransformer3DModel:
     """The embedded architecture with two layers: one of a kind each."""
-    config = dict(plan.read_config(TINY, "transformer")) | {"num_layers": 2}
+    config = dict(fit.read_config(TINY, "transformer")) | {"num_layers": 2}
     transformer: MochiTransformer3DModel = MochiTransformer3DModel.from_config(config)
     return transformer.eval()
 
@@ -101,28 +102,28 @@ def one_rank(
 def test_the_published_configuration_is_the_default_of_the_classes() -> None:
     with torch.device("meta"):
         transformer, vae = MochiTransformer3DModel(), AutoencoderKLMochi()
-    assert {**transformer.config, **plan.TRANSFORMER} == dict(transformer.config)
-    assert {**vae.config, **plan.VAE} == dict(vae.config)
+    assert {**transformer.config, **costs.TRANSFORMER} == dict(transformer.config)
+    assert {**vae.config, **costs.VAE} == dict(vae.config)
 
 
-def test_weights_are_those_that_the_model_cards_state(published: plan.Parts) -> None:
+def test_weights_are_those_that_the_model_cards_state(published: fit.Parts) -> None:
     """10 billion parameters; 362 million in the decoder; T5 XXL's encoder has 4.76 billion."""
     assert published.transformer_weights == 10_027_677_744
-    assert plan.count_weights(published.vae.decoder) == 362_526_595
+    assert costs.count_weights(published.vae.decoder) == 362_526_595
     assert published.vae_weights == 459_748_611
     assert published.text_encoder_weights == 4_762_310_656
 
 
-def test_tokens_of_the_published_size(published: plan.Parts) -> None:
-    assert plan.video_tokens(published.transformer, Setting().latent_shape) == 44_520
+def test_tokens_of_the_published_size(published: fit.Parts) -> None:
+    assert costs.video_tokens(published.transformer, Setting().latent_shape) == 44_520
 
 
-def test_memory_agrees_with_diffusers_documentation(published: plan.Parts) -> None:
+def test_memory_agrees_with_diffusers_documentation(published: fit.Parts) -> None:
     """Its page on Mochi asks for 22 GB, taken as GiB, for 85 frames in bfloat16 with offloading.
 
     So the transformer is alone there. The plan has 5 % more: a bound should not be the lower one.
     """
-    rank = plan.make_plan(Setting(num_frames=85), published).ranks[0]
+    rank = fit.make_plan(Setting(num_frames=85), published).ranks[0]
     needed = published.transformer_weights * 2 + rank.step_activations
     assert 22 <= needed / 2**30 <= 22 * 1.05
 
@@ -137,14 +138,14 @@ def test_one_process_equals_the_counter(
 ) -> None:
     with flop_counter() as counter:
         run_transformer(tiny, valid, latent_shape)
-    tokens = plan.video_tokens(tiny.config, latent_shape)
-    assert plan.transformer_flops(tiny.config, tokens, valid) == counter.get_total_flops()
+    tokens = costs.video_tokens(tiny.config, latent_shape)
+    assert costs.transformer_flops(tiny.config, tokens, valid) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_the_real_architecture_equals_the_counter(layers: int) -> None:
     with torch.device("meta"):
-        transformer = MochiTransformer3DModel(**{**plan.TRANSFORMER, "num_layers": layers}).eval()
+        transformer = MochiTransformer3DModel(**{**costs.TRANSFORMER, "num_layers": layers}).eval()
     everything = mock.patch(
         "torch.nonzero",  # depends on values, which nothing has on the meta device
         lambda mask, as_tuple: torch.arange(mask.numel(), device=mask.device)[:, None],
@@ -152,7 +153,7 @@ def test_the_real_architecture_equals_the_counter(layers: int) -> None:
     no_autocast = mock.patch("torch.autocast", return_value=nullcontext())
     with everything, no_autocast, flop_counter() as counter:
         run_transformer(transformer, (256, 256), (28, 60, 106), device="meta")
-    flops = plan.transformer_flops(transformer.config, 44_520, (256, 256))
+    flops = costs.transformer_flops(transformer.config, 44_520, (256, 256))
     assert flops == counter.get_total_flops()
 
 
@@ -169,36 +170,36 @@ def test_every_rank_equals_the_counter_and_sends_what_it_counts(
         cfg_rank, sp_rank = divmod(rank, mesh[1])
         with one_rank(tiny, mesh, rank) as handle, flop_counter() as counter:
             run_transformer(tiny, valid, (2, 10, 10))
-        expected = plan.rank_flops(tiny.config, 50, valid, *mesh, sp_rank, guided, cfg_rank)
+        expected = costs.rank_flops(tiny.config, 50, valid, *mesh, sp_rank, guided, cfg_rank)
         assert expected == counter.get_total_flops()
-        traffic = plan.rank_traffic(tiny.config, 50, *mesh, sp_rank, guided, itemsize=4)
+        traffic = costs.rank_traffic(tiny.config, 50, *mesh, sp_rank, guided, itemsize=4)
         assert traffic.total == handle.bytes_sent
 
 
 @pytest.mark.parametrize("gpus", [2, 4, 8])
 @pytest.mark.parametrize("guidance_scale", [4.5, 1.0])
 def test_the_busiest_rank_has_hardly_more_than_its_share(
-    published: plan.Parts, gpus: int, guidance_scale: float
+    published: fit.Parts, gpus: int, guidance_scale: float
 ) -> None:
     setting = Setting(gpus=gpus, guidance_scale=guidance_scale)
-    assert 1 <= plan.make_plan(setting, published).overhead <= 1.05
+    assert 1 <= fit.make_plan(setting, published).overhead <= 1.05
 
 
 def test_text_encoder_equals_the_counter() -> None:
-    config = T5Config(**plan.read_config(TINY, "text_encoder"))
+    config = T5Config(**fit.read_config(TINY, "text_encoder"))
     encoder = T5EncoderModel(config).eval()
     with torch.no_grad(), flop_counter() as counter:
         encoder(torch.zeros(1, 40, dtype=torch.long), attention_mask=masks([7])[:, :40])
-    assert plan.text_encoder_flops(config.to_dict(), 40) == counter.get_total_flops()
+    assert costs.text_encoder_flops(config.to_dict(), 40) == counter.get_total_flops()
 
 
 def test_the_real_text_encoder_equals_the_counter() -> None:
-    config = T5Config(**plan.TEXT_ENCODER)
+    config = T5Config(**costs.TEXT_ENCODER)
     with torch.device("meta"):
         encoder = T5EncoderModel(config).eval()
     with torch.no_grad(), flop_counter() as counter:
         encoder(torch.zeros(1, 256, dtype=torch.long, device="meta"))
-    assert plan.text_encoder_flops(config.to_dict(), 256) == counter.get_total_flops()
+    assert costs.text_encoder_flops(config.to_dict(), 256) == counter.get_total_flops()
 
 
 # Memory
@@ -225,7 +226,7 @@ def test_step_activations_are_near_the_measured_peak(
     for rank in {0, math.prod(mesh) - 1}:
         with one_rank(transformer, mesh, rank), LiveBytes() as live:
             run_transformer(transformer, (256, 256), (8, 32, 32))
-        estimate = plan.step_activations(
+        estimate = costs.step_activations(
             tiny.config, 2048, *mesh, rank % mesh[1], True, dtype.itemsize
         )
         assert estimate == pytest.approx(live.peak, rel=0.03)
@@ -236,24 +237,24 @@ def test_step_activations_are_near_the_measured_peak(
 
 def test_one_tile_tells_what_all_cost() -> None:
     """Operations are in proportion to the area: of 2 x 3 tiles, of four shapes."""
-    vae = AutoencoderKLMochi.from_config(dict(plan.read_config(TINY, "vae"))).eval().to("meta")
+    vae = AutoencoderKLMochi.from_config(dict(fit.read_config(TINY, "vae"))).eval().to("meta")
     vae.enable_tiling()
     latents = torch.zeros(1, 12, 2, 36, 58, device="meta")
     with torch.no_grad(), flop_counter() as counter:
         frames = vae.decode(latents, return_dict=False)[0]
     assert frames.shape == (1, 3, 7, 288, 464)
-    cost = plan.decode_cost(vae.decoder, (2, 32, 32), torch.float32)
+    cost = costs.decode_cost(vae.decoder, (2, 32, 32), torch.float32)
     area = (32 + 12) * (32 + 32 + 10)
     assert cost.flops * area // cost.cells == counter.get_total_flops()
 
 
-def test_all_tiles_are_dealt(published: plan.Parts) -> None:
+def test_all_tiles_are_dealt(published: fit.Parts) -> None:
     """15 of 60 x 106 cells in all, with the overlap: 76 rows times 138 columns."""
-    whole = plan.make_plan(Setting(), published).ranks[0]
-    cost = plan.decode_cost(published.vae.decoder, (28, 32, 32), torch.bfloat16)
+    whole = fit.make_plan(Setting(), published).ranks[0]
+    cost = costs.decode_cost(published.vae.decoder, (28, 32, 32), torch.bfloat16)
     assert whole.decode_flops == cost.flops * 76 * 138 // cost.cells
     for gpus in (4, 8):
-        ranks = plan.make_plan(Setting(gpus=gpus), published).ranks
+        ranks = fit.make_plan(Setting(gpus=gpus), published).ranks
         assert sum(rank.tiles for rank in ranks) == 15
         assert max(rank.tiles for rank in ranks) == math.ceil(15 / gpus)
         total = sum(rank.decode_flops for rank in ranks)
@@ -261,17 +262,17 @@ def test_all_tiles_are_dealt(published: plan.Parts) -> None:
         assert ranks[0].decode_flops == max(rank.decode_flops for rank in ranks)
 
 
-def test_only_the_first_rank_keeps_frames_while_it_decodes(published: plan.Parts) -> None:
-    cost = plan.decode_cost(published.vae.decoder, (28, 32, 32), torch.bfloat16)
-    first, *others = plan.make_plan(Setting(gpus=4), published).ranks
+def test_only_the_first_rank_keeps_frames_while_it_decodes(published: fit.Parts) -> None:
+    cost = costs.decode_cost(published.vae.decoder, (28, 32, 32), torch.bfloat16)
+    first, *others = fit.make_plan(Setting(gpus=4), published).ranks
     assert {rank.decode_activations for rank in others} == {cost.peak}
     # two rounds of four whole tiles; what is left is smaller
     assert first.decode_activations == cost.peak + 4 * cost.frames
 
 
-def test_a_convolution_of_the_decoder_is_counted(published: plan.Parts) -> None:
+def test_a_convolution_of_the_decoder_is_counted(published: fit.Parts) -> None:
     """The last 3x3x3 convolution alone has 2·27·128² operations a pixel; there are six such."""
-    cost = plan.decode_cost(published.vae.decoder, (2, 4, 4), torch.bfloat16)
+    cost = costs.decode_cost(published.vae.decoder, (2, 4, 4), torch.bfloat16)
     assert cost.flops > 6 * 2 * 27 * 128**2 * (12 * 32 * 32)
     assert cost.frames == 3 * 12 * 32 * 32 * 2
 
@@ -279,25 +280,25 @@ def test_a_convolution_of_the_decoder_is_counted(published: plan.Parts) -> None:
 # The plan as a whole
 
 
-def test_seconds_are_text_and_steps_and_decode(published: plan.Parts) -> None:
-    outcome = plan.make_plan(Setting(gpus=4, tflops=100, link_gbs=10), published)
+def test_seconds_are_text_and_steps_and_decode(published: fit.Parts) -> None:
+    outcome = fit.make_plan(Setting(gpus=4, tflops=100, link_gbs=10), published)
     busiest = max(rank.flops for rank in outcome.ranks) / 100e12
     sent = max(rank.traffic.total for rank in outcome.ranks) / 10e9
     decode = max(rank.decode_flops for rank in outcome.ranks) / 100e12
     text = outcome.text_flops / 100e12
     assert outcome.seconds(8) == pytest.approx(text + 8 * (busiest + sent) + decode)
-    slower = plan.make_plan(replace(outcome.setting, decode_tflops=50), published)
+    slower = fit.make_plan(replace(outcome.setting, decode_tflops=50), published)
     assert slower.decode_seconds == pytest.approx(2 * decode)
 
 
-def test_only_rank_0_holds_the_text_encoder(published: plan.Parts) -> None:
-    first, *others = plan.make_plan(Setting(gpus=4, t5_dtype="float32"), published).ranks
+def test_only_rank_0_holds_the_text_encoder(published: fit.Parts) -> None:
+    first, *others = fit.make_plan(Setting(gpus=4, t5_dtype="float32"), published).ranks
     assert {rank.weights for rank in others} == {(10_027_677_744 + 459_748_611) * 2}
     assert first.weights - others[0].weights == 4_762_310_656 * 4
 
 
 def test_a_slot_that_fits_gets_its_plan() -> None:
-    outcome = plan.check_fit(Setting(gpus=4, gpu_memory=80))
+    outcome = fit.check_fit(Setting(gpus=4, gpu_memory=80))
     assert outcome.fits
     assert outcome.mesh == (2, 2)
 
@@ -313,7 +314,7 @@ def test_a_slot_that_fits_gets_its_plan() -> None:
 )
 def test_a_slot_that_does_not_fit_says_what_it_needs(change: dict[str, Any], advice: str) -> None:
     with pytest.raises(FitError) as failure:
-        plan.check_fit(Setting(gpus=4, **change))
+        fit.check_fit(Setting(gpus=4, **change))
     message = str(failure.value)
     assert re.search(r"needs [\d.]+ GB at its peak on rank 0 \(weights [\d.]+, decode ", message)
     assert message.endswith(f"the GPU has {change['gpu_memory']} GB: {advice}")
@@ -331,13 +332,13 @@ def test_a_slot_that_does_not_fit_says_what_it_needs(change: dict[str, Any], adv
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(
-    published: plan.Parts, change: dict[str, Any], words: str
+    published: fit.Parts, change: dict[str, Any], words: str
 ) -> None:
     with pytest.raises((PlanError, parallel.LayoutError), match=words):
-        plan.make_plan(Setting(**change), published)
+        fit.make_plan(Setting(**change), published)
 
 
-def test_published_times_are_predicted_from_one_rate_a_series(published: plan.Parts) -> None:
+def test_published_times_are_predicted_from_one_rate_a_series(published: fit.Parts) -> None:
     """The first of each series is fitted; the others were within 15 % when this was written."""
     for item in plan.compare_published(published):
         assert item.error == pytest.approx(0, abs=1e-9 if item.fitted else 0.15)
@@ -371,7 +372,7 @@ def test_command_prints_every_rank_of_one_number_of_gpus(
 def test_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["--gpus", "2", "--json", "--preview-steps", "4"]) == 0
     (record,) = json.loads(capsys.readouterr().out)
-    outcome = plan.check_fit(Setting(gpus=2))
+    outcome = fit.check_fit(Setting(gpus=2))
     assert record["ranks"][0]["peak"] == outcome.ranks[0].peak
     assert record["seconds"]["preview"] == pytest.approx(outcome.seconds(4))
 

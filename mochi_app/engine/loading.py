@@ -18,7 +18,7 @@ import transformers
 from diffusers import AutoencoderKLMochi, MochiPipeline, MochiTransformer3DModel
 from transformers import T5EncoderModel
 
-from mochi_app.engine import plan
+from mochi_app.engine import fit
 from mochi_app.engine.messages import Configure
 from mochi_app.engine.weight_files import weight_files
 
@@ -90,7 +90,7 @@ def check_memory(config: Configure, precision: Precision, memory: int) -> None:
     """
     if not config.height or (config.offload, config.quantization) != ("none", "none"):
         return
-    setting = plan.Setting(
+    setting = fit.Setting(
         gpus=config.world_size,
         gpu_memory=memory / 1e9,
         height=config.height,
@@ -101,8 +101,8 @@ def check_memory(config: Configure, precision: Precision, memory: int) -> None:
         vae_dtype=name_of(precision.vae),
     )
     try:
-        plan.check_fit(setting, config.model)
-    except plan.FitError as error:
+        fit.check_fit(setting, config.model)
+    except fit.FitError as error:
         advice = "more GPUs a slot, MOCHI_TEXT_DTYPE=bfloat16 or MOCHI_OFFLOAD=model may help"
         raise LoadError(f"{error}; {advice}") from error
 

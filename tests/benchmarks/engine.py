@@ -41,22 +41,13 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
 
+from mochi_app.engine.costs import DTYPES, GB, TERA
 from mochi_app.engine.decode import decode
+from mochi_app.engine.fit import Parts, Plan, PlanError, Setting, build_parts, make_plan
 from mochi_app.engine.group import Ranks
 from mochi_app.engine.loading import quiet_libraries
 from mochi_app.engine.parallel import LayoutError, parallelize
-from mochi_app.engine.plan import (
-    DTYPES,
-    GB,
-    TERA,
-    Parts,
-    Plan,
-    PlanError,
-    Setting,
-    build_parts,
-    make_plan,
-    parse_counts,
-)
+from mochi_app.engine.plan import parse_counts
 from mochi_app.settings import PROJECT_DIR
 from tests.benchmarks.random_models import random_inputs, random_transformer, random_vae
 from tests.benchmarks.report import Result, table
