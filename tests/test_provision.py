@@ -12,12 +12,13 @@ import httpx
 import pytest
 
 from mochi_app.engine.pool import Pool
-from mochi_app.engine.provision import dtypes_of
+from mochi_app.engine.provision import types_of
 from tests.conftest import eventually, quick_settings
 from tests.hub import REPO, Fault, Hub, folder_files
 from tests.serving import Served, poll
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny-mochi"
+ON_GPU = "bfloat16, text encoder float32, decoder bfloat16"
 MakePool = Callable[..., Awaitable[Pool]]
 
 
@@ -35,16 +36,21 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 @pytest.mark.parametrize(
-    ("slots", "dtype", "expected"),
+    ("given", "expected"),
     [
-        ("cpu", "auto", ["float32"]),
-        ("0;1", "auto", ["bfloat16"]),
-        ("cpu;0", "auto", ["bfloat16", "float32"]),
-        ("cpu;0", "float32", ["float32"]),
+        ({"slots": "cpu"}, ["float32"]),
+        ({"slots": "0;1"}, [ON_GPU]),
+        ({"slots": "cpu;0"}, [ON_GPU, "float32"]),
+        ({"slots": "cpu;0", "dtype": "float32"}, ["float32"]),
+        ({"slots": "0", "text_dtype": "bfloat16"}, ["bfloat16"]),
+        (
+            {"slots": "0", "vae_dtype": "float32"},
+            ["bfloat16, text encoder float32, decoder float32"],
+        ),
     ],
 )
-def test_types_follow_the_devices(slots: str, dtype: str, expected: list[str]) -> None:
-    assert dtypes_of(quick_settings(slots=slots, dtype=dtype)) == expected
+def test_types_follow_devices_and_settings(given: dict[str, str], expected: list[str]) -> None:
+    assert list(map(str, types_of(quick_settings(**given)))) == expected
 
 
 async def test_slots_share_one_download_and_show_it(hub: Hub, make_pool: MakePool) -> None:

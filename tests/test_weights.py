@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from mochi_app.engine import hub_cache
 from mochi_app.engine.hub_cache import RemoteFile, Snapshot, explain_failure, hub_name
 from mochi_app.engine.weight_events import (
     Done,
@@ -33,6 +34,7 @@ from mochi_app.engine.weight_events import (
     progress_text,
 )
 from mochi_app.engine.weight_files import (
+    PartTypes,
     check_folder,
     needed_files,
     safetensors_problem,
@@ -48,6 +50,8 @@ TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 TEXT_ENCODER = "text_encoder/model.safetensors"
 MB = 1_000_000
+FLOAT32 = PartTypes("float32", "float32", "float32")
+BFLOAT16 = PartTypes("bfloat16", "bfloat16", "bfloat16")
 
 # What genmo/mochi-1-preview held in 2025, as far as public listings of it say.
 SHARED = [
@@ -166,17 +170,27 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 # Which files
 
 
-@pytest.mark.parametrize(("dtype", "weights"), [("bfloat16", BF16), ("float32", PLAIN)])
-def test_of_the_real_repository_only_one_variant_is_needed(dtype: str, weights: list[str]) -> None:
-    assert needed_files(REAL, dtype) == sorted([*SHARED, *weights])
+@pytest.mark.parametrize(("types", "weights"), [(BFLOAT16, BF16), (FLOAT32, PLAIN)])
+def test_of_the_real_repository_only_one_variant_is_needed(
+    types: PartTypes, weights: list[str]
+) -> None:
+    assert needed_files(REAL, types) == sorted([*SHARED, *weights])
+
+
+def test_each_component_is_needed_in_its_own_type() -> None:
+    text = "text_encoder/model.bf16.safetensors"
+    mixed = needed_files([*REAL, text], PartTypes("bfloat16", "float32", "float32"))
+    transformer = [path for path in BF16 if path.startswith("transformer")]
+    assert mixed == sorted([*SHARED, *transformer, VAE])
+    assert text in needed_files([*REAL, text], BFLOAT16)
 
 
 def test_without_a_variant_the_plain_files_do() -> None:
-    assert needed_files([*SHARED, *PLAIN], "bfloat16") == sorted([*SHARED, *PLAIN])
+    assert needed_files([*SHARED, *PLAIN], BFLOAT16) == sorted([*SHARED, *PLAIN])
 
 
 def test_our_own_extras_come_along() -> None:
-    needed = needed_files(tiny_files(), "bfloat16")
+    needed = needed_files(tiny_files(), BFLOAT16)
     assert {"latent_rgb.json", "mochi_defaults.json"} <= set(needed)
     assert not {"README.md", "sheet.png"} & set(needed)
 
@@ -185,7 +199,7 @@ def test_our_own_extras_come_along() -> None:
 def test_a_repository_that_lacks_a_file_is_refused_by_name(lost: str) -> None:
     paths = [path for path in [*SHARED, *PLAIN] if path != lost]
     with pytest.raises(WeightsError, match=lost) as caught:
-        needed_files(paths, "float32")
+        needed_files(paths, FLOAT32)
     assert not caught.value.retry
 
 
@@ -262,7 +276,7 @@ def test_the_module_is_light() -> None:
 
 def test_a_download_brings_exactly_what_is_needed_and_loads(hub: Hub, home: Path) -> None:
     outcome = run()
-    needed = set(needed_files(tiny_files(), "float32"))
+    needed = set(needed_files(tiny_files(), FLOAT32))
     assert set(hub.sent) == needed
     assert outcome.folder == home / "snapshots" / hub.commit
     assert outcome.progress[-1] == Progress(hub.size(needed), hub.size(needed), "")
@@ -283,7 +297,7 @@ def test_a_download_brings_exactly_what_is_needed_and_loads(hub: Hub, home: Path
 def test_huggingface_hub_finds_our_cache_complete(hub: Hub) -> None:
     folder = run().folder
     hub.sent.clear()
-    needed = needed_files(tiny_files(), "float32")
+    needed = needed_files(tiny_files(), FLOAT32)
     program = (
         "from functools import partial; from huggingface_hub import snapshot_download; "
         f"find = partial(snapshot_download, {REPO!r}, allow_patterns={needed}); "
@@ -403,7 +417,7 @@ def test_two_at_once_download_once(hub: Hub) -> None:
     ]
     outputs = [process.communicate(timeout=30)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert sum(hub.sent.values()) == hub.size(needed_files(tiny_files(), "float32"))
+    assert sum(hub.sent.values()) == hub.size(needed_files(tiny_files(), FLOAT32))
     assert sum("another process downloads" in output for output in outputs) == 1
 
 
@@ -568,7 +582,7 @@ def test_a_folder_that_is_whole_is_done_at_once(copy: Path, hub: Hub) -> None:
 def test_a_folder_that_lacks_a_file_is_refused_by_name(copy: Path, lost: str) -> None:
     (copy / lost).unlink()
     with pytest.raises(WeightsError, match=lost.replace("tokenizer/", "")) as caught:
-        check_folder(copy, "float32", "Copy it")
+        check_folder(copy, FLOAT32, "Copy it")
     assert str(caught.value).endswith("Copy it")
 
 
@@ -592,19 +606,22 @@ def test_what_is_no_safetensors_file_is_seen(tmp_path: Path, content: bytes) -> 
 def test_a_lost_shard_is_seen_by_the_index(variants: dict[str, bytes], copy: Path) -> None:
     for path, content in variants.items():
         (copy / path).write_bytes(content)
-    check_folder(copy, "bfloat16", "")
+    check_folder(copy, BFLOAT16, "")
     shard = sorted((copy / "transformer").glob("*.bf16-*"))[-1]
     shard.unlink()
-    check_folder(copy, "float32", "")
+    check_folder(copy, FLOAT32, "")
     with pytest.raises(WeightsError, match=f"{shard.name}: it is missing"):
-        check_folder(copy, "bfloat16", "")
+        check_folder(copy, BFLOAT16, "")
 
 
-def test_a_folder_with_another_dtype_only_is_refused(copy: Path) -> None:
-    (copy / VAE).rename(copy / "vae" / "diffusion_pytorch_model.bf16.safetensors")
-    check_folder(copy, "bfloat16", "")
-    with pytest.raises(WeightsError, match="for float32"):
-        check_folder(copy, "float32", "")
+def test_a_component_in_another_type_only_is_taken(copy: Path) -> None:
+    small = copy / "vae" / "diffusion_pytorch_model.bf16.safetensors"
+    (copy / VAE).rename(small)
+    check_folder(copy, BFLOAT16, "")
+    check_folder(copy, FLOAT32, "")
+    small.unlink()
+    with pytest.raises(WeightsError, match=f"for float32: {VAE}: it is missing"):
+        check_folder(copy, FLOAT32, "")
 
 
 def test_a_path_that_is_no_folder_is_not_asked_of_the_hub(tmp_path: Path, hub: Hub) -> None:
@@ -637,7 +654,7 @@ def ignore(progress: Progress) -> None:
 
 async def test_the_parent_hears_of_progress_and_gets_the_folder(hub: Hub, home: Path) -> None:
     heard: list[Progress] = []
-    folder = await fetch_weights(REPO, "float32", heard.append)
+    folder = await fetch_weights(REPO, FLOAT32, heard.append)
     assert folder == home / "snapshots" / hub.commit
     assert heard[-1].done == heard[-1].total > 25 * MB
 
@@ -646,13 +663,13 @@ async def test_the_parent_may_name_a_folder_relative_to_itself(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(copy.parent)
-    assert await fetch_weights("model", "float32", ignore) == copy
+    assert await fetch_weights("model", FLOAT32, ignore) == copy
 
 
 async def test_the_parent_gets_the_childs_error(hub: Hub) -> None:
     hub.status = 503
     with pytest.raises(WeightsError, match="try again later") as caught:
-        await fetch_weights(REPO, "float32", ignore)
+        await fetch_weights(REPO, FLOAT32, ignore)
     assert caught.value.retry
 
 
@@ -665,7 +682,7 @@ async def test_a_cancel_takes_the_child_along(hub: Hub, tmp_path: Path) -> None:
             seen.set()
 
     pid_file = tmp_path / "pid"
-    task = asyncio.create_task(fetch_weights(REPO, "float32", hear, pid_command(pid_file)))
+    task = asyncio.create_task(fetch_weights(REPO, FLOAT32, hear, pid_command(pid_file)))
     await asyncio.wait_for(seen.wait(), 20)
     pid = int(pid_file.read_text())
     assert alive(pid)
@@ -686,7 +703,7 @@ async def test_a_cancel_during_the_start_leaves_no_child(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", slow_spawn)
     program = (sys.executable, "-c", "import time; time.sleep(60)")
-    task = asyncio.create_task(fetch_weights(REPO, "float32", ignore, program))
+    task = asyncio.create_task(fetch_weights(REPO, FLOAT32, ignore, program))
     await eventually(lambda: started)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -702,7 +719,7 @@ async def test_a_child_that_is_killed_is_told_by_its_signal(hub: Hub, tmp_path: 
         os.kill(int(pid_file.read_text()), signal.SIGKILL)
 
     with pytest.raises(WeightsError, match="killed by SIGKILL") as caught:
-        await fetch_weights(REPO, "float32", kill, pid_command(pid_file))
+        await fetch_weights(REPO, FLOAT32, kill, pid_command(pid_file))
     assert caught.value.retry
 
 
@@ -716,7 +733,7 @@ async def test_a_child_that_is_killed_is_told_by_its_signal(hub: Hub, tmp_path: 
 )
 async def test_a_child_without_a_result_is_told_by_its_code(program: str, words: str) -> None:
     with pytest.raises(WeightsError, match=words):
-        await fetch_weights(REPO, "float32", ignore, (sys.executable, "-c", program))
+        await fetch_weights(REPO, FLOAT32, ignore, (sys.executable, "-c", program))
 
 
 async def test_the_child_dies_with_its_parent(hub: Hub, tmp_path: Path) -> None:
@@ -724,7 +741,9 @@ async def test_the_child_dies_with_its_parent(hub: Hub, tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     program = (
         "import asyncio, sys; from mochi_app.engine.weights import fetch_weights; "
-        f"asyncio.run(fetch_weights({REPO!r}, 'float32', print, {pid_command(pid_file)!r}))"
+        "from mochi_app.engine.weight_files import PartTypes; "
+        f"types, command = PartTypes(*3 * ['float32']), {pid_command(pid_file)!r}; "
+        f"asyncio.run(fetch_weights({REPO!r}, types, print, command))"
     )
     parent = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", program), cwd=PROJECT_DIR, stdout=subprocess.PIPE
@@ -741,3 +760,29 @@ async def test_the_child_dies_with_its_parent(hub: Hub, tmp_path: Path) -> None:
 def test_a_token_in_the_hubs_address_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "https://user:secret@mirror.example:8443/hf")
     assert hub_name() == "https://mirror.example:8443/hf"
+
+
+async def test_a_child_that_says_nothing_is_killed(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    program = (
+        "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(3600)"
+    )
+    command = (sys.executable, "-c", program, str(pid_file))
+    with pytest.raises(WeightsError, match="said nothing for 1 seconds") as caught:
+        await fetch_weights(REPO, FLOAT32, ignore, command, silence=1)
+    assert caught.value.retry
+    assert not alive(int(pid_file.read_text()))
+
+
+def test_a_download_that_stands_still_says_so_now_and_then(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hub_cache, "BEAT_SECONDS", 0.0)
+    monkeypatch.setattr(hub_cache, "REPORT_SECONDS", 0.01)
+    heard: list[Event] = []
+    snapshot = Snapshot(tmp_path, REPO, "0", [RemoteFile("a", 5, "x")])
+    with hub_cache.Reporter(snapshot, heard.append):
+        limit = time.monotonic() + 10
+        while len(heard) < 3 and time.monotonic() < limit:
+            time.sleep(0.01)
+    assert heard[:3] == 3 * [Progress(0, 5, "")]

@@ -34,7 +34,12 @@ from urllib.parse import urlsplit
 
 from mochi_app.engine.rank import one_line
 from mochi_app.engine.weight_events import Emit, Notice, Progress, WeightsError, size_text
-from mochi_app.engine.weight_files import check_folder, needed_files, safetensors_problem
+from mochi_app.engine.weight_files import (
+    PartTypes,
+    check_folder,
+    needed_files,
+    safetensors_problem,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 0.5
+BEAT_SECONDS = 15.0  # how often progress is told while there is none
 LOCK_SECONDS = 0.5
 WORKERS = 8  # files at a time, as huggingface_hub does by default
 CHUNK_BYTES = 1 << 18  # as much of a file may be lost with a connection
@@ -140,7 +146,7 @@ class Snapshot:
                     place.unlink(missing_ok=True)
 
 
-def cached_snapshot(root: Path, repo: str, dtype: str, advice: str) -> Path:
+def cached_snapshot(root: Path, repo: str, types: PartTypes, advice: str) -> Path:
     """The snapshot of `repo` that the cache holds, without asking the Hub.
 
     Raises:
@@ -150,7 +156,7 @@ def cached_snapshot(root: Path, repo: str, dtype: str, advice: str) -> Path:
     if not reference.is_file():
         raise WeightsError(f"{repo} is not in {root}. {advice}", retry=False)
     folder = Snapshot(root, repo, reference.read_text().strip()).folder
-    check_folder(folder, dtype, advice)
+    check_folder(folder, types, advice)
     return folder
 
 
@@ -184,7 +190,8 @@ def only_one(snapshot: Snapshot, emit: Emit) -> Iterator[None]:
 
 
 class Reporter:
-    """Emits the progress while it is entered, on change, and the total when all went well."""
+    """Emits the progress while it is entered, on change and now and then, which says that this
+    process lives; and the total when all went well."""
 
     def __init__(self, snapshot: Snapshot, emit: Emit) -> None:
         self._snapshot = snapshot
@@ -193,12 +200,12 @@ class Reporter:
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
     def _run(self) -> None:
-        last = None
+        last, said_at = None, 0.0
         while not self._end.is_set():
             progress = self._snapshot.progress()
-            if progress != last:
+            if progress != last or time.monotonic() - said_at > BEAT_SECONDS:
                 self._emit(progress)
-            last = progress
+                last, said_at = progress, time.monotonic()
             self._end.wait(REPORT_SECONDS)
 
     def __enter__(self) -> None:
@@ -223,7 +230,7 @@ class Reporter:
 class Options:
     """`margin` in bytes stays free on the disk; `patience` in seconds, see PATIENCE_SECONDS."""
 
-    dtype: str
+    types: PartTypes
     margin: int = 2 << 30
     patience: float = PATIENCE_SECONDS
 
@@ -236,7 +243,7 @@ def provide(model: str, options: Options, emit: Emit) -> Path:
     """
     folder = Path(model).expanduser()
     if folder.is_dir() or folder.is_absolute() or model.startswith("."):
-        check_folder(folder, options.dtype, "Copy these files there again, whole")
+        check_folder(folder, options.types, "Copy these files there again, whole")
         return folder.resolve()
     from huggingface_hub import constants
 
@@ -245,12 +252,12 @@ def provide(model: str, options: Options, emit: Emit) -> Path:
         advice = (
             "HF_HUB_OFFLINE forbids the download: unset it once, or set HF_HOME to a full cache"
         )
-        return cached_snapshot(root, model, options.dtype, advice)
+        return cached_snapshot(root, model, options.types, advice)
     try:
-        snapshot = ask_hub(root, model, options.dtype)
+        snapshot = ask_hub(root, model, options.types)
     except WeightsError as unasked:
         try:
-            folder = cached_snapshot(root, model, options.dtype, "")
+            folder = cached_snapshot(root, model, options.types, "")
         except WeightsError:
             raise unasked from None
         emit(Notice(f"{unasked}. Going on with {model} as it is in {root}"))
@@ -259,7 +266,7 @@ def provide(model: str, options: Options, emit: Emit) -> Path:
         return download(snapshot, options, emit)
 
 
-def ask_hub(root: Path, repo: str, dtype: str) -> Snapshot:
+def ask_hub(root: Path, repo: str, types: PartTypes) -> Snapshot:
     """What the Hub has of `repo` now, and of that what is needed.
 
     Raises:
@@ -280,7 +287,7 @@ def ask_hub(root: Path, repo: str, dtype: str) -> Snapshot:
     listed = {item.rfilename: item for item in info.siblings or ()}
     files = []
     try:
-        needed = needed_files(listed, dtype)
+        needed = needed_files(listed, types)
     except WeightsError as error:
         raise WeightsError(f"{repo} is {error}", error.retry) from None
     for path in needed:
@@ -312,7 +319,7 @@ def download(snapshot: Snapshot, options: Options, emit: Emit) -> Path:
         unlinked = [f for f in snapshot.files if not (snapshot.folder / f.path).is_file()]
         in_parallel(lambda file: link(snapshot, file), unlinked)
     advice = f"The digests are right, so {snapshot.repo} itself is damaged: use another MOCHI_MODEL"
-    check_folder(snapshot.folder, options.dtype, advice)
+    check_folder(snapshot.folder, options.types, advice)
     write_reference(snapshot)
     return snapshot.folder
 

@@ -20,7 +20,7 @@ from transformers import T5EncoderModel
 
 from mochi_app.engine import fit
 from mochi_app.engine.messages import Configure
-from mochi_app.engine.weight_files import weight_files
+from mochi_app.engine.weight_files import PartTypes, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -49,20 +49,15 @@ class Precision:
 
     @classmethod
     def choose(cls, config: Configure, device: torch.device) -> Precision:
-        """`auto` is bfloat16 on a GPU and float32 on a CPU, but for text, which is float32."""
-        usual = "bfloat16" if device.type == "cuda" else "float32"
-        transformer = choose_dtype(config.dtype, usual)
+        """What `PartTypes.choose` says, in torch's types."""
+        types = PartTypes.choose(device.type, config.dtype, config.text_dtype, config.vae_dtype)
         return cls(
-            transformer=transformer,
-            text_encoder=choose_dtype(config.text_dtype, "float32"),
-            vae=transformer if config.vae_dtype == "auto" else choose_dtype(config.vae_dtype, ""),
+            **{name: dtype_named(getattr(types, name)) for name in PartTypes.__dataclass_fields__}
         )
 
 
-def choose_dtype(name: str, auto: str) -> torch.dtype:
-    """`float32`, `bfloat16`, or `auto`, which means the other name."""
-    if name == "auto":
-        name = auto
+def dtype_named(name: str) -> torch.dtype:
+    """torch's `float32` or `bfloat16`."""
     if name not in DTYPES:
         raise LoadError(f"dtype {name!r}: expected auto, {' or '.join(DTYPES)}")
     return DTYPES[name]
@@ -163,7 +158,7 @@ def part_options(
 ) -> dict[str, Any]:
     """What `from_pretrained` of one part wants: of two sets of files, the one in its own type."""
     names = [path.name for path in (folder / name).iterdir()]
-    chosen = weight_files(name, names, name_of(dtype)) or weight_files(name, names, "bfloat16")
+    chosen = weight_files(name, names, name_of(dtype))
     small = any(".bf16" in file for file in chosen)
     return {
         "subfolder": name,

@@ -11,17 +11,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mochi_app.engine.weight_events import Progress, progress_text
-from mochi_app.engine.weight_files import check_folder
+from mochi_app.engine.weight_files import PartTypes, check_folder
 from mochi_app.engine.weights import WEIGHTS_COMMAND, fetch_weights
 from mochi_app.settings import Settings
 
 
-def dtypes_of(settings: Settings) -> list[str]:
-    """The types that the transformer is loaded in: one, or two where CPUs and GPUs have slots."""
-    if settings.dtype != "auto":
-        return [settings.dtype]
-    on_cpu = {device == "cpu" for slot in settings.slots for device in slot.devices}
-    return [{True: "float32", False: "bfloat16"}[kind] for kind in sorted(on_cpu)]
+def types_of(settings: Settings) -> list[PartTypes]:
+    """The types that the model is loaded in: one set, or two where CPUs and GPUs have slots."""
+    devices = {device if device == "cpu" else "cuda" for slot in settings.slots
+               for device in slot.devices}  # fmt: skip
+    chosen = [
+        PartTypes.choose(device, settings.dtype, settings.text_dtype, settings.vae_dtype)
+        for device in sorted(devices, reverse=True)
+    ]
+    return list(dict.fromkeys(chosen))
 
 
 class Provision:
@@ -63,15 +66,15 @@ class Provision:
     async def _provide(self) -> Path:
         local = self._settings.model_dir
         try:
-            for dtype in dtypes_of(self._settings):
+            for types in types_of(self._settings):
                 if local is not None:
                     advice = "Copy the missing files there, or name another model in MOCHI_MODEL."
-                    await asyncio.to_thread(check_folder, local, dtype, advice)
+                    await asyncio.to_thread(check_folder, local, types, advice)
                     folder = local
                 else:
                     self._say("looking for the model")
                     folder = await fetch_weights(
-                        self._settings.model, dtype, self._hear, self._command
+                        self._settings.model, types, self._hear, self._command
                     )
             return folder
         finally:

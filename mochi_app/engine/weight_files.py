@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from mochi_app.engine.weight_events import WeightsError
@@ -17,19 +18,47 @@ WEIGHT_STEMS = {
     "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
 }
+DTYPES = ("float32", "bfloat16")
 EXTRA_FILES = ("latent_rgb.json", "mochi_defaults.json")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+
+@dataclass(frozen=True, slots=True)
+class PartTypes:
+    """The type of each component's weights and arithmetic: `float32` or `bfloat16`."""
+
+    transformer: str
+    text_encoder: str
+    vae: str
+
+    @classmethod
+    def choose(cls, device: str, dtype: str, text_dtype: str, vae_dtype: str) -> PartTypes:
+        """From the settings, where `auto` is: bfloat16 on a GPU and float32 on a CPU; for text
+        float32, as the model's authors run it; for the decoder that of the transformer."""
+        usual = "float32" if device == "cpu" else "bfloat16"
+        transformer = usual if dtype == "auto" else dtype
+        return cls(
+            transformer=transformer,
+            text_encoder="float32" if text_dtype == "auto" else text_dtype,
+            vae=transformer if vae_dtype == "auto" else vae_dtype,
+        )
+
+    def __str__(self) -> str:
+        if self.transformer == self.text_encoder == self.vae:
+            return self.transformer
+        return f"{self.transformer}, text encoder {self.text_encoder}, decoder {self.vae}"
 
 
 def weight_files(part: str, names: Collection[str], dtype: str) -> list[str]:
     """The weight files of one component among the names in its folder; empty when there are none.
 
-    The files of the bf16 variant for `bfloat16` if there are any, else the plain ones: one file,
-    or shards and their index (which may be missing from `names`). Where a folder has both, the
-    choice is that of the library which loads it: diffusers takes the index, transformers the file.
+    Those of the type, else those of the other, which loading converts. The bf16 variant is for
+    `bfloat16`, the plain files for `float32`: one file, or shards and their index (which may be
+    missing from `names`). Where a folder has both, the choice is that of the library which loads
+    it: diffusers takes the index, transformers the file.
     """
     stem = WEIGHT_STEMS[part]
-    for variant in (".bf16", "") if dtype == "bfloat16" else ("",):
+    for variant in (".bf16", "") if dtype == "bfloat16" else ("", ".bf16"):
         whole = f"{stem}{variant}.safetensors"
         index = f"{stem}.safetensors.index{variant}.json"
         pattern = re.compile(re.escape(stem + variant) + r"-\d{5}-of-\d{5}\.safetensors")
@@ -41,11 +70,10 @@ def weight_files(part: str, names: Collection[str], dtype: str) -> list[str]:
     return []
 
 
-def needed_files(paths: Iterable[str], dtype: str) -> list[str]:
-    """Those of a repository's files that a pipeline of that dtype loads, sorted.
+def needed_files(paths: Iterable[str], types: PartTypes) -> list[str]:
+    """Those of a repository's files that a pipeline of these types loads, sorted.
 
-    `dtype` is `float32` or `bfloat16`. Never both variants of a component, and no checkpoint that
-    is not part of a diffusers pipeline.
+    Never both variants of a component, and no checkpoint that is not part of a diffusers pipeline.
 
     Raises:
         WeightsError: a file that every pipeline has is not among `paths`.
@@ -54,12 +82,12 @@ def needed_files(paths: Iterable[str], dtype: str) -> list[str]:
     wanted = {"model_index.json", "scheduler/scheduler_config.json"}
     for part in WEIGHT_STEMS:
         names = {path.removeprefix(f"{part}/") for path in present if path.startswith(f"{part}/")}
-        weights = weight_files(part, names, dtype)
+        weights = weight_files(part, names, getattr(types, part))
         wanted.add(f"{part}/config.json")
         wanted.update(f"{part}/{name}" for name in weights or [f"{WEIGHT_STEMS[part]}.safetensors"])
     if missing := sorted(wanted - present):
         raise WeightsError(
-            f"no Mochi pipeline of diffusers for {dtype}: it has no {', '.join(missing)}; "
+            f"no Mochi pipeline of diffusers for {types}: it has no {', '.join(missing)}; "
             "expected a model such as genmo/mochi-1-preview",
             retry=False,
         )
@@ -114,15 +142,15 @@ def shards_of(index: Path) -> list[str]:
         return []
 
 
-def folder_problems(folder: Path, dtype: str) -> Iterator[str]:
-    """All that keeps a pipeline of that dtype from loading out of `folder`, one sentence each."""
+def folder_problems(folder: Path, types: PartTypes) -> Iterator[str]:
+    """All that keeps a pipeline of these types from loading out of `folder`, one sentence each."""
     wanted = ["model_index.json", "scheduler/scheduler_config.json"]
     wanted.append("tokenizer/tokenizer_config.json")
     for part, stem in WEIGHT_STEMS.items():
         wanted.append(f"{part}/config.json")
         inside = folder / part
         names = {path.name for path in inside.iterdir()} if inside.is_dir() else set()
-        chosen = weight_files(part, names, dtype) or [f"{stem}.safetensors"]
+        chosen = weight_files(part, names, getattr(types, part)) or [f"{stem}.safetensors"]
         if chosen[-1].endswith(".json"):
             chosen = sorted({*chosen, *shards_of(inside / chosen[-1])})
         wanted += [f"{part}/{name}" for name in chosen]
@@ -135,17 +163,17 @@ def folder_problems(folder: Path, dtype: str) -> Iterator[str]:
         yield "tokenizer: neither tokenizer.json nor spiece.model"
 
 
-def check_folder(folder: Path, dtype: str, advice: str) -> None:
+def check_folder(folder: Path, types: PartTypes, advice: str) -> None:
     """Make sure that a pipeline is there and whole, as far as that shows without reading it all.
 
     Raises:
         WeightsError: naming files that are missing or damaged, and what to do: `advice`.
     """
-    problems = list(folder_problems(folder, dtype))
+    problems = list(folder_problems(folder, types))
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise WeightsError(
-            f"{folder} is no complete Mochi pipeline for {dtype}: {'; '.join(problems[:3])}{more}. "
+            f"{folder} is no complete Mochi pipeline for {types}: {'; '.join(problems[:3])}{more}. "
             f"{advice}",
             retry=False,
         )

@@ -35,10 +35,12 @@ from mochi_app.engine.weight_events import (
     decode,
     emit_line,
 )
+from mochi_app.engine.weight_files import DTYPES, PartTypes
 
 log = logging.getLogger(__name__)
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
+SILENCE_SECONDS = 180.0  # the command reports every BEAT_SECONDS
 WEIGHTS_COMMAND: tuple[str, ...] = (sys.executable, "-m", "mochi_app.engine.weights")
 
 
@@ -49,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="mochi_app.engine.weights", description="Bring a model's weights onto this box."
     )
     parser.add_argument("--model", required=True, help="id on the Hub, or a folder")
-    parser.add_argument("--dtype", required=True, choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", required=True, choices=DTYPES, help="the transformer's")
+    parser.add_argument("--text-dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--vae-dtype", choices=DTYPES, help="that of --dtype if omitted")
     parser.add_argument(
         "--free-margin-gib", type=float, default=2, help="GiB that must stay free on the disk"
     )
@@ -63,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Xet has no partial files to go on with, bars would fill the log. Read when hub is imported.
     for name in ("XET", "PROGRESS_BARS", "TELEMETRY"):
         os.environ[f"HF_HUB_DISABLE_{name}"] = "1"
-    options = Options(given.dtype, int(given.free_margin_gib * (1 << 30)), given.patience)
+    types = PartTypes(given.dtype, given.text_dtype, given.vae_dtype or given.dtype)
+    options = Options(types, int(given.free_margin_gib * (1 << 30)), given.patience)
     try:
         folder = provide(given.model, options, emit_line)
     except WeightsError as error:
@@ -78,30 +83,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def fetch_weights(
     model: str,
-    dtype: str,
+    types: PartTypes,
     on_progress: Callable[[Progress], None],
     command: Sequence[str] = WEIGHTS_COMMAND,
+    silence: float = SILENCE_SECONDS,
 ) -> Path:
     """Run the command as a child and return the folder; a cancel kills the child.
 
-    `dtype` is float32 or bfloat16. `on_progress` is called on the loop; notices go to the log. Must
-    run on the loop's own thread: the death signal that the child asks for follows the thread.
+    `on_progress` is called on the loop; notices go to the log. A child that says nothing for
+    `silence` seconds is killed. Must run on the loop's own thread: the death signal that the child
+    asks for follows the thread.
 
     Raises:
-        WeightsError: as the child says, or because it died.
+        WeightsError: as the child says, or because it died or hung.
         OSError: it could not be started.
     """
-    process = await _spawn(*command, "--model", _absolute(model), "--dtype", dtype)
+    asked = ["--model", _absolute(model), "--dtype", types.transformer]
+    asked += ["--text-dtype", types.text_encoder, "--vae-dtype", types.vae]
+    process = await _spawn(*command, *asked)
     assert process.stdout is not None
     assert process.stderr is not None
     tail: deque[str] = deque(maxlen=1)
     listening = asyncio.create_task(_keep_stderr(process.stderr, tail))
     outcome: Event | None = None
     try:
-        while line := await process.stdout.readline():
+        while line := await asyncio.wait_for(process.stdout.readline(), silence):
             outcome = _take(line, on_progress) or outcome
         await process.wait()
         await listening
+    except TimeoutError:
+        raise WeightsError(
+            f"the download process (pid {process.pid}) said nothing for {silence:g} seconds: "
+            "check the disk of the cache and the network",
+            retry=True,
+        ) from None
     finally:
         listening.cancel()
         await _end(process)
