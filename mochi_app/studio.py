@@ -185,6 +185,7 @@ class Studio:
         loras = []
         if parameters.get("lora"):  # a look at the disk, which may be a slow share
             loras = await asyncio.to_thread(lora_names, self.settings.lora_dir)
+            loras += self._lora_of_request(owner, parameters.get("request_id"))
         request = GenerationRequest.validate(
             self.defaults,
             preview_steps=self.settings.preview_steps,
@@ -194,6 +195,12 @@ class Studio:
         drawn = frozenset({"seed"} if parameters.get("seed") is None else ())
         job = Job.from_request(request, id=self._ids.draw(), kind="preview", owner=owner)
         return await self._accept(job, drawn)
+
+    def _lora_of_request(self, owner: str, request_id: Any) -> list[str]:
+        """What an earlier request of that id asked for: asked again it is answered, its LoRA file
+        there or not."""
+        known = isinstance(request_id, str) and self.history.find_request(owner, request_id.strip())
+        return [known.lora] if known and known.lora else []
 
     async def enhance(self, job_id: Any, *, owner: str = "") -> Job:
         """A new job with the same prompt, seed and size as a finished preview, and more steps.

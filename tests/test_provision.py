@@ -100,6 +100,8 @@ async def test_a_damaged_folder_is_named_before_a_rank_starts(
     pool = await make_pool(model=str(folder))
     await eventually(lambda: pool.slots[0].broken)
     assert "vae/diffusion_pytorch_model.safetensors" in pool.slots[0].describe()["detail"]
+    assert str(tmp_path) not in pool.slots[0].describe()["detail"]
+    assert str(tmp_path) in pool.slots[0].reason
     assert pool.slots[0].slot.epoch == 0
 
 

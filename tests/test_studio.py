@@ -494,6 +494,20 @@ async def test_a_quota_full_of_stars_refuses_new_jobs(make_studio: MakeStudio) -
     assert (await studio.submit(prompt="p")).status in ACTIVE
 
 
+async def test_a_request_sent_again_is_answered_though_its_lora_is_gone(
+    make_studio: MakeStudio, tmp_path: Path
+) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    (folder / "ink.safetensors").touch()
+    studio = await make_studio(lora_dir=folder)
+    job = await studio.submit(prompt="p", seed=1, lora="ink", request_id="r")
+    (folder / "ink.safetensors").unlink()
+    assert (await studio.submit(prompt="p", seed=1, lora="ink", request_id=" r ")).id == job.id
+    with pytest.raises(RequestError, match="lora"):
+        await studio.submit(prompt="p", seed=1, lora="ink", request_id="another")
+
+
 async def test_position_and_eta_are_told_once_measured(make_studio: MakeStudio) -> None:
     studio = await make_studio()
     await ended(studio, await studio.submit(prompt="slow", num_inference_steps=4))

@@ -32,7 +32,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from mochi_app.engine.rank import one_line
 from mochi_app.engine.weight_events import Emit, Notice, Progress, WeightsError, size_text
 from mochi_app.engine.weight_files import (
     PartTypes,
@@ -40,6 +39,7 @@ from mochi_app.engine.weight_files import (
     needed_files,
     safetensors_problem,
 )
+from mochi_app.errors import one_line
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError

@@ -18,6 +18,7 @@ from mochi_app.engine.provision import Provision
 from mochi_app.engine.slot import ENGINE_COMMAND, Slot, SlotDied, SlotState
 from mochi_app.engine.weight_events import WeightsError
 from mochi_app.engine.weights import WEIGHTS_COMMAND
+from mochi_app.errors import without_folders
 from mochi_app.settings import Settings, SlotSpec, load_model_defaults
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class SupervisedSlot:
         return self.slot.state is SlotState.READY and not self.slot.dying and not self.leased
 
     def describe(self) -> dict[str, Any]:
-        """State for people and probes, JSON-ready."""
+        """State for people and probes, JSON-ready; the log has the paths that this leaves out."""
         state: str = self.slot.state
         detail = self.slot.detail
         if self.slot.state is SlotState.DOWN:
@@ -66,7 +67,7 @@ class SupervisedSlot:
             "slot": self.slot.index,
             "devices": str(self.slot.spec),
             "state": state,
-            "detail": detail,
+            "detail": without_folders(detail),
             "job_id": self.slot.job_id,
             "pids": self.slot.pids,
             "restarts": self.restarts,

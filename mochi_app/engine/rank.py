@@ -48,6 +48,7 @@ from mochi_app.engine.messages import (
     decode,
     encode,
 )
+from mochi_app.errors import one_line
 
 if TYPE_CHECKING:
     from mochi_app.engine.encode import Frames
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
-MAX_ERROR_CHARS = 300
 PR_SET_PDEATHSIG = 1
 EXIT_PROTOCOL = 3
 
@@ -353,16 +353,6 @@ def failure(request: Run, error: Exception) -> Failed:
         message = f"out of memory at {size}: ask for a smaller size or fewer frames"
     settled = bool(getattr(error, "settled", False))
     return Failed(job_id=request.job_id, error=message, poisoned=bool(poisoned), settled=settled)
-
-
-def one_line(error: BaseException, *, paths: bool = False) -> str:
-    """`TypeName: message` on one line and bounded; folders are cut from paths unless `paths`."""
-    text = " ".join(str(error).split())
-    text = "".join(char for char in text if char.isprintable())
-    if not paths:
-        text = re.sub(r"(?<![\w:/.])(?:/[^\s/'\":,;]+)+/(?=[^\s/'\":,;])", "", text)
-    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return text if len(text) <= MAX_ERROR_CHARS else text[: MAX_ERROR_CHARS - 1] + "…"
 
 
 if __name__ == "__main__":
