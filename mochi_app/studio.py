@@ -493,7 +493,7 @@ class Studio:
             return True
         except JobFailed as error:
             await self._fail(job, str(error))
-            return True
+            return not slot.dying
         except SlotDied as error:
             await self._interrupted(job, str(error))
             return False

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mochi_app.engine import costs
-from mochi_app.engine.loading import LoadError, Precision, check_memory
+from mochi_app.engine.loading import LoadError, Precision, Room
 from mochi_app.engine.messages import Configure
 
 CUDA = torch.device("cuda")
@@ -34,8 +34,16 @@ def test_a_gpu_that_is_too_small_is_told_with_the_figures(published: str) -> Non
     config = replace(FOUR_GPUS, model=published)
     precision = Precision.choose(config, CUDA)
     with pytest.raises(LoadError, match=r"needs 6\d\.\d GB at its peak on rank 0 .*24 GB"):
-        check_memory(config, precision, 24_000_000_000)
-    check_memory(config, precision, 80_000_000_000)
+        Room(config, precision, 24_000_000_000).check_start()
+    Room(config, precision, 80_000_000_000).check_start()
+
+
+def test_a_video_larger_than_usual_is_measured_against_the_gpu(published: str) -> None:
+    config = replace(FOUR_GPUS, model=published)
+    room = Room(config, Precision.choose(config, CUDA), 64_000_000_000)
+    assert room.problem(480, 848, 163) == ""
+    assert "does not fit" in room.problem(720, 1280, 325)
+    assert Room(config, room.precision, 640_000_000_000).problem(720, 1280, 325) == ""
 
 
 @pytest.mark.parametrize("unknown", [{"height": 0}, {"offload": "model"}, {"quantization": "int8"}])
@@ -43,7 +51,9 @@ def test_what_is_not_known_beforehand_is_not_refused(
     published: str, unknown: dict[str, object]
 ) -> None:
     config = replace(FOUR_GPUS, model=published, **unknown)  # type: ignore[arg-type]
-    check_memory(config, Precision.choose(config, CUDA), 24_000_000_000)
+    room = Room(config, Precision.choose(config, CUDA), 24_000_000_000)
+    room.check_start()
+    assert room.problem(4800, 8480, 1633) == ""
 
 
 @pytest.mark.parametrize(

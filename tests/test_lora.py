@@ -551,8 +551,7 @@ def test_a_lora_over_ranks_is_that_of_one_process(
     for results in together:
         for index, (result, single) in enumerate(zip(results, alone, strict=True)):
             error = (result - single).abs().max().item()
-            sequence_alone = index == len(RUNS) or RUNS[index][2] == 1.0
-            assert error == 0 if sequence_alone else error <= 1e-5, (index, error)
+            assert error == 0, (index, error)
 
 
 def run(lora: str | None, scale: float = 1.0, job_id: str = "j") -> Run:

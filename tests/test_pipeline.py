@@ -17,7 +17,8 @@ from diffusers import FirstBlockCacheConfig, MochiPipeline
 from PIL import Image
 
 from mochi_app.engine import pipeline
-from mochi_app.engine.loading import LoadError
+from mochi_app.engine.group import Ranks
+from mochi_app.engine.loading import LoadError, Precision, Room
 from mochi_app.engine.messages import (
     Configure,
     JobEvent,
@@ -29,7 +30,7 @@ from mochi_app.engine.messages import (
     Step,
     Tiles,
 )
-from mochi_app.engine.pipeline import Engine, LatentColours, Result
+from mochi_app.engine.pipeline import Engine, LatentColours, Result, TooLarge
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny-mochi"
 CONFIG = Configure(
@@ -233,6 +234,29 @@ def test_a_caching_transformer_forgets_a_run_that_ended_early(
     else:
         assert engine.run(other, ignore, interrupt) is None
     assert frames_of(engine).frames_hash == before.frames_hash
+
+
+class OneOfTwo(Ranks):
+    """A rank whose peer says yes to everything asked."""
+
+    def agree(self, flag: bool) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("problem", "ranks", "told"),
+    [("needs 90 GB", Ranks(), "needs 90 GB"), ("", OneOfTwo(), "another GPU of the slot")],
+)
+def test_what_does_not_fit_is_refused_before_any_work(
+    pipe: MochiPipeline, monkeypatch: pytest.MonkeyPatch, problem: str, ranks: Ranks, told: str
+) -> None:
+    room = Room(CONFIG, Precision.choose(CONFIG, torch.device("cpu")), 1)
+    monkeypatch.setattr(Room, "problem", lambda self, *size: problem)
+    events: list[Message] = []
+    with pytest.raises(TooLarge, match=told) as caught:
+        Engine(pipe, ranks=ranks, room=room).run(REQUEST, events.append, never)
+    assert caught.value.settled
+    assert not events
 
 
 def test_no_part_stays_in_train_mode(pipe: MochiPipeline) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from mochi_app.engine.pool import Pool, threads_per_rank
-from mochi_app.engine.slot import Slot, SlotState
+from mochi_app.engine.slot import JobFailed, Slot, SlotState
 from tests.conftest import alive, eventually, quick_settings
+from tests.test_slot import request
 
 MakePool = Callable[..., Awaitable[Pool]]
 
@@ -71,6 +72,33 @@ async def test_a_slot_that_never_comes_up_is_broken_with_its_cause(
     assert described["retry_seconds"] <= 0.4
     weights.touch()  # and it is tried again, so that no restart of the server is needed
     await eventually(lambda: state(pool) == "ready")
+
+
+async def test_a_group_on_which_no_job_succeeds_is_broken(make_pool: MakePool) -> None:
+    pool = await make_pool(slots="cpu*2", broken_after=2, restart_backoff_max=60)
+    supervised = pool.slots[0]
+
+    async def fail_once(prompt: str) -> None:
+        await eventually(lambda: supervised.ready)
+
+        async def work(slot: Slot) -> bool:
+            with pytest.raises(JobFailed):
+                await slot.run(request(prompt), lambda event: None)
+            return not slot.dying
+
+        restarts = supervised.restarts
+        await pool.run(supervised, work)
+        if prompt == "fail":
+            await eventually(lambda: supervised.restarts > restarts)
+
+    await fail_once("fail")
+    assert supervised.deaths == 0  # the job's error, as far as one can tell
+    await fail_once("refuse")  # all ranks alike: the slot stands
+    await fail_once("fail")
+    assert supervised.deaths == 0
+    await fail_once("fail")
+    await fail_once("fail")
+    assert (supervised.deaths, supervised.broken) == (2, True)
 
 
 async def test_backoff_doubles_and_is_bounded(make_pool: MakePool) -> None:

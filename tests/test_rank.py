@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from mochi_app.engine.encode import MAX_COMMENT_BYTES
 from mochi_app.engine.messages import (
     MAX_LINE_BYTES,
     Cancel,
@@ -305,6 +306,13 @@ def test_running_out_of_memory_advises_a_smaller_video(fake: Child) -> None:
     assert "64x64" in failed.error
     assert "fewer frames" in failed.error
     assert not failed.poisoned
+
+
+def test_what_cannot_be_written_fails_on_all_ranks_alike(fake: Child) -> None:
+    failed = fake.do(replace(request("go"), metadata={"note": "x" * 2 * MAX_COMMENT_BYTES}))
+    assert isinstance(failed, Failed)
+    assert "at most" in failed.error
+    assert failed.settled
 
 
 def test_a_broken_device_poisons_the_process(fake: Child) -> None:

@@ -75,31 +75,57 @@ def choose_attention(pipe: MochiPipeline, name: str) -> None:
         raise LoadError(f"attention {name!r}: {error}") from error
 
 
-def check_memory(config: Configure, precision: Precision, memory: int) -> None:
-    """Compare the plan of this slot with what a GPU has, in bytes, before anything is loaded.
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What fits the GPUs of a slot by its plan; `memory` of one in bytes."""
 
-    Nothing is known beforehand of offloaded or quantised weights, or of an unknown video size.
+    config: Configure
+    precision: Precision
+    memory: int
 
-    Raises:
-        LoadError: the default video does not fit, with the plan's figures.
-    """
-    if not config.height or (config.offload, config.quantization) != ("none", "none"):
-        return
-    setting = fit.Setting(
-        gpus=config.world_size,
-        gpu_memory=memory / 1e9,
-        height=config.height,
-        width=config.width,
-        num_frames=config.num_frames,
-        dtype=name_of(precision.transformer),
-        t5_dtype=name_of(precision.text_encoder),
-        vae_dtype=name_of(precision.vae),
-    )
-    try:
-        fit.check_fit(setting, config.model)
-    except fit.FitError as error:
-        advice = "more GPUs a slot, MOCHI_TEXT_DTYPE=bfloat16 or MOCHI_OFFLOAD=model may help"
-        raise LoadError(f"{error}; {advice}") from error
+    @property
+    def known(self) -> bool:
+        """Whether a plan can tell: not of offloaded or quantised weights, or without a size."""
+        usual = (self.config.offload, self.config.quantization) == ("none", "none")
+        return usual and self.config.height > 0
+
+    def check_start(self) -> None:
+        """Before anything is loaded.
+
+        Raises:
+            LoadError: the default video does not fit, with the plan's figures.
+        """
+        config = self.config
+        if problem := self._problem(config.height, config.width, config.num_frames):
+            advice = "more GPUs a slot, MOCHI_TEXT_DTYPE=bfloat16 or MOCHI_OFFLOAD=model may help"
+            raise LoadError(f"{problem}; {advice}")
+
+    def problem(self, height: int, width: int, num_frames: int) -> str:
+        """Why a video larger than the default one cannot be made here; empty when it can."""
+        config = self.config
+        usual = config.height * config.width * config.num_frames
+        if height * width * num_frames <= usual:
+            return ""
+        return self._problem(height, width, num_frames)
+
+    def _problem(self, height: int, width: int, num_frames: int) -> str:
+        if not self.known:
+            return ""
+        setting = fit.Setting(
+            gpus=self.config.world_size,
+            gpu_memory=self.memory / 1e9,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            dtype=name_of(self.precision.transformer),
+            t5_dtype=name_of(self.precision.text_encoder),
+            vae_dtype=name_of(self.precision.vae),
+        )
+        try:
+            fit.check_fit(setting, self.config.model)
+        except fit.FitError as error:
+            return str(error)
+        return ""
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -38,7 +38,7 @@ from mochi_app.engine.group import Ranks
 from mochi_app.engine.loading import (
     LoadError,
     Precision,
-    check_memory,
+    Room,
     choose_attention,
     choose_device,
     open_pipeline,
@@ -61,6 +61,12 @@ Emit = Callable[[Message], None]
 
 class NotFinite(ArithmeticError):
     """The model yielded infinities or NaN. All ranks see the same latents, so all say so."""
+
+    settled = True
+
+
+class TooLarge(ValueError):
+    """The video does not fit the slot's GPUs. All ranks agree on it before any work."""
 
     settled = True
 
@@ -111,8 +117,12 @@ def load(config: Configure, emit: Emit) -> Engine:
     torch.backends.cudnn.deterministic = True
     quiet_libraries()
     precision = Precision.choose(config, device)
-    if device.type == "cuda" and config.rank == 0:
-        check_memory(config, precision, torch.cuda.get_device_properties(device).total_memory)
+    room = None
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        room = Room(config, precision, memory)
+        if config.rank == 0:
+            room.check_start()
     ranks = Ranks.join(config.rank, config.world_size, config.rendezvous, device)
     options = SpeedOptions.of(config)
     options.check(ranks)
@@ -125,7 +135,7 @@ def load(config: Configure, emit: Emit) -> Engine:
     speed.apply(pipe, options, ranks)
     colours = LatentColours.read(Path(config.model) / "latent_rgb.json")
     loras = Path(config.lora_dir) if config.lora_dir else None
-    engine = Engine(pipe, colours, ranks, loras)
+    engine = Engine(pipe, colours, ranks, loras, room)
     emit(Loading(what="warming up"))
     engine.warm_up()
     return engine
@@ -140,6 +150,7 @@ class Engine:
         colours: LatentColours | None = None,
         ranks: Ranks | None = None,
         loras: Path | None = None,
+        room: Room | None = None,
     ) -> None:
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
@@ -149,6 +160,7 @@ class Engine:
         self._ranks = ranks or Ranks()
         pipe.scheduler = MochiScheduler.from_config(pipe.scheduler.config)
         self._loras = LoraShelf(pipe, loras)
+        self._room = room
         self._parallel: ParallelHandle | None = None
         self._shape = (0, 0)
         for guided in (False, True):
@@ -200,6 +212,7 @@ class Engine:
         this one.
 
         Raises:
+            TooLarge: by the plan the video does not fit the GPUs.
             NotFinite: the model yielded infinities or NaN.
             LoraError: the LoRA does not fit the model, or cannot be read on some rank.
             RuntimeError: whatever torch raises, out of memory included.
@@ -211,6 +224,7 @@ class Engine:
 
         said = emit if ranks.first else unsaid
         clock = StageClock(request.job_id, said, stopped, self._synchronize)
+        self._require_room(request)
         self._spread(request.guidance_scale > 1.0)
         try:
             with torch.no_grad():
@@ -231,6 +245,15 @@ class Engine:
             latents_hash=sha256(first.float().cpu().numpy()),
             frames_hash="" if frames is None else sha256(frames),
         )
+
+    def _require_room(self, request: Run) -> None:
+        """Refuse what would run out of memory in the middle, where the ranks lose each other."""
+        if self._room is None:
+            return
+        problem = self._room.problem(request.height, request.width, request.num_frames)
+        if self._ranks.agree(bool(problem)):
+            size = f"{request.width}x{request.height} pixels, {request.num_frames} frames"
+            raise TooLarge(f"{size}: {problem or 'another GPU of the slot has less memory'}")
 
     def free(self) -> None:
         """Give cached memory back, after a run that failed."""

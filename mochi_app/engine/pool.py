@@ -41,6 +41,7 @@ class SupervisedSlot:
         self._provision = provision
         self.leased = False
         self.deaths = 0
+        self.renewed = False  # its last end was blameless, and no job has succeeded since
         self.restarts = 0
         self.broken = False
         self.retry_at: float | None = None
@@ -144,7 +145,10 @@ class Pool:
                 reason = f"{type(error).__name__}: {error}"
                 await slot.stop(grace=0)
             self._provision.forget()  # the files may be what is wrong
-            supervised.deaths += not slot.blameless
+            # Ranks that start anew after a job's error are no fault of the slot, unless again and
+            # again: then it is the slot that no job succeeds on.
+            supervised.deaths += not slot.blameless or supervised.renewed
+            supervised.renewed = slot.blameless
             supervised.restarts += 1
             supervised.reason = reason
             supervised.broken = certain or supervised.deaths >= self._settings.broken_after
@@ -193,7 +197,7 @@ class Pool:
     ) -> None:
         try:
             if await work(supervised.slot):
-                supervised.deaths = 0
+                supervised.deaths, supervised.renewed = 0, False
         except Exception:
             log.exception("slot %d: a run ended unexpectedly", supervised.slot.index)
             supervised.slot.kill("a run ended unexpectedly")

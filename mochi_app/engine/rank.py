@@ -305,7 +305,10 @@ def make_video(
     """Run the model, then write video and poster into the scratch folder."""
     from mochi_app.engine import encode as media
 
-    media.comment(request.metadata)  # refuse what cannot be written before it costs anything
+    try:  # refuse what cannot be written before it costs anything
+        media.comment(request.metadata)
+    except media.EncodeError as error:
+        return replace(failure(request, error), settled=True)
     result = engine.run(request, emit, cancelled)
     if result is None or cancelled():
         return Cancelled(job_id=request.job_id)
