@@ -26,6 +26,7 @@ from fastapi import FastAPI
 from mochi_app.engine.pool import Pool
 from mochi_app.engine.slot import ENGINE_COMMAND
 from mochi_app.history import History, HistoryError
+from mochi_app.logs import start_logging
 from mochi_app.media import MediaStore
 from mochi_app.settings import Settings, SettingsError, load_model_defaults, load_settings
 from mochi_app.studio import Studio
@@ -127,12 +128,11 @@ async def serve(settings: Settings, engine_command: Sequence[str] = ENGINE_COMMA
 
 def main(engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
     """Run the app; the exit code says whether it could start."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    start_logging("text")
     try:
-        asyncio.run(serve(load_settings(), engine_command))
+        settings = load_settings()
+        start_logging(settings.log_format)
+        asyncio.run(serve(settings, engine_command))
     except (SettingsError, HistoryError, OSError) as error:
         log.error("cannot start: %s", error)
         return 2

@@ -232,6 +232,10 @@ class Settings(BaseSettings):
         default=3, le=4, description="Seconds that running jobs may take to end at a shutdown."
     )
 
+    log_format: str = Field(
+        default="text", pattern="^(text|json)$", description="The log: `text`, or `json` by line."
+    )
+
     @property
     def model_dir(self) -> Path | None:
         """The model's folder, or None when `model` is a Hub id."""

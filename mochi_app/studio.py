@@ -35,6 +35,7 @@ from mochi_app.jobs import (
     whole,
 )
 from mochi_app.live import Live, LiveJobs
+from mochi_app.logs import about
 from mochi_app.loras import lora_names
 from mochi_app.media import MediaError, MediaStore
 from mochi_app.pulse import Pulse
@@ -432,7 +433,8 @@ class Studio:
                 return None
             count = await self.changed.after(count)
         slot, job = pair
-        run = self.pool.run(slot, lambda slot: self._execute(slot, job))
+        with about(slot=slot.slot.index, job=job.id):
+            run = self.pool.run(slot, lambda slot: self._execute(slot, job))
         self._turns += 1
         try:
             await asyncio.shield(run)

@@ -19,6 +19,7 @@ from mochi_app.engine.slot import ENGINE_COMMAND, Slot, SlotDied, SlotState
 from mochi_app.engine.weight_events import WeightsError
 from mochi_app.engine.weights import WEIGHTS_COMMAND
 from mochi_app.errors import without_folders
+from mochi_app.logs import about
 from mochi_app.settings import Settings, SlotSpec, load_model_defaults
 
 log = logging.getLogger(__name__)
@@ -119,9 +120,13 @@ class Pool:
         """Begin to bring all slots up; returns at once."""
         assert not self._supervisors, "the pool was started already"
         self._supervisors = [
-            asyncio.create_task(self._supervise(slot), name=f"slot {slot.slot.index}")
+            asyncio.create_task(self._watch_over(slot), name=f"slot {slot.slot.index}")
             for slot in self.slots
         ]
+
+    async def _watch_over(self, supervised: SupervisedSlot) -> None:
+        with about(slot=supervised.slot.index):
+            await self._supervise(supervised)
 
     async def _supervise(self, supervised: SupervisedSlot) -> None:
         """Fetch the model, start, wait for the end, back off, again: for ever."""

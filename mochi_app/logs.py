@@ -1,0 +1,82 @@
+"""The log: one line an event, as text or as JSON, with the job and the slot that it is about.
+
+What people typed, and what a library prints, cannot forge a line or speak to a terminal: characters
+that do not print are written as escapes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any
+
+_about: ContextVar[Mapping[str, Any]] = ContextVar("about", default={})  # noqa: B039 - never changed
+
+
+@contextmanager
+def about(**fields: Any) -> Iterator[None]:
+    """What is logged inside, in this task and what it starts, is about these: `job`, `slot`."""
+    token = _about.set({**_about.get(), **fields})
+    try:
+        yield
+    finally:
+        _about.reset(token)
+
+
+def printable(text: str) -> str:
+    """The text with line feeds, control, direction and other unprintable characters escaped."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
+
+
+class Lines(logging.Formatter):
+    """`time LEVEL logger [slot=0 job=…]: message`; a traceback follows, line by line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        fields = " ".join(f"{name}={value}" for name, value in _about.get().items())
+        head = f"{self.formatTime(record)} {record.levelname} {record.name}"
+        lines = [f"{head}{f' [{fields}]' if fields else ''}: {printable(record.getMessage())}"]
+        return "\n".join([*lines, *trace(record)])
+
+
+class JsonLines(logging.Formatter):
+    """An object a line: `time` (UTC, ISO 8601), `level`, `logger`, `message`, what it is `about`,
+    and `trace`, a list of lines, where there was an exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as JSON."""
+        told: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_about.get(),
+        }
+        if lines := trace(record):
+            told["trace"] = lines
+        return json.dumps(told, default=str)
+
+
+def trace(record: logging.LogRecord) -> list[str]:
+    """The lines of the record's traceback, escaped; empty without one."""
+    if not record.exc_info or record.exc_info[1] is None:
+        return []
+    text = "".join(traceback.format_exception(*record.exc_info))
+    return [printable(line) for line in text.rstrip().split("\n")]
+
+
+def start_logging(form: str) -> None:
+    """Log to stderr from now on, as `text` or `json`."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if form == "json" else Lines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
