@@ -38,6 +38,7 @@ from mochi_app.live import Live, LiveJobs
 from mochi_app.logs import about
 from mochi_app.loras import lora_names
 from mochi_app.media import MediaError, MediaStore
+from mochi_app.metrics import Metrics
 from mochi_app.pulse import Pulse
 from mochi_app.settings import ModelDefaults, Settings
 from mochi_app.shelf import Shelf
@@ -79,6 +80,7 @@ class Studio:
         self.stopping = False
         self.live = LiveJobs(history, pool, lambda: self.waiting)
         self.shelf = Shelf(history, media, self.changed, int(settings.quota_gib * 2**30))
+        self.metrics = Metrics(history, media, self.shelf, pool)
         self._ids = JobIds(last=history.last_id)
         self._withdrawn: set[str] = set()
         self._janitor: asyncio.Task[None] | None = None
@@ -468,6 +470,8 @@ class Studio:
                     error=None,
                 ),
             )
+            self.metrics.started(job)
+            log.info("started: attempt %d, %d steps", job.attempts, job.num_inference_steps)
             self.changed.beat()
             good = await self._attempt(slot, job, live)
             if live.cancel_requested:  # and the job was requeued, its slot having died
@@ -515,6 +519,8 @@ class Studio:
             ),
         )
         self.live.speeds.observe(job)
+        self.metrics.completed(job)
+        log.info("completed in %.1f s", sum(done.seconds.values()))
         if self.media.total_bytes() > self.shelf.quota_bytes:
             self._housework.set()
         return True
@@ -571,6 +577,7 @@ class Studio:
             case messages.Step():
                 live.step = event.step
                 live.step_seconds = event.seconds
+                self.metrics.stepped(event.seconds)
             case messages.Tiles():
                 live.tiles = event.done, event.total
             case messages.Latent():

@@ -336,7 +336,12 @@ def test_probes_and_metrics(app: Served) -> None:
     assert health["ok"] is True
     assert health["slots"][0]["state"] in ("ready", "busy")
     metrics = httpx.get(f"{app.url}/metrics").text
-    for name in ("mochi_jobs{", "mochi_slot_up{", "mochi_slot_restarts{", "mochi_videos_bytes "):
+    for name in (
+        "mochi_jobs{",
+        "mochi_slot_up{",
+        "mochi_slot_restarts_total{",
+        "mochi_videos_bytes ",
+    ):
         assert name in metrics
 
 

@@ -91,7 +91,9 @@ class Shutdown(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat(Message):
-    """The process is alive; says nothing about progress."""
+    """The process is alive; says nothing about progress. `gpu_bytes` it holds, None without one."""
+
+    gpu_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -253,8 +253,18 @@ def configure(channel: Channel) -> Configure:
 def beat(channel: Channel) -> None:
     """Thread: say that the process lives, at once and then every second."""
     while True:
-        channel.send(Heartbeat())
+        channel.send(Heartbeat(gpu_bytes=gpu_bytes()))
         time.sleep(HEARTBEAT_SECONDS)
+
+
+def gpu_bytes() -> int | None:
+    """Bytes that torch holds on the GPU; None where it uses none. Asks no driver, so it never
+    waits for a kernel."""
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)  # absent while another thread imports torch
+    if cuda is None or not getattr(cuda, "is_initialized", bool)():
+        return None
+    return int(cuda.memory_reserved())
 
 
 def read(channel: Channel, inbox: Inbox) -> None:

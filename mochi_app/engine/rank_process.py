@@ -46,6 +46,7 @@ class RankProcess:
         self.device = device
         self.ready = False
         self.heard_at = time.monotonic()
+        self.gpu_bytes: int | None = None
         self.tail: deque[str] = deque(maxlen=STDERR_TAIL)
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None

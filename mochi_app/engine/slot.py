@@ -121,6 +121,11 @@ class Slot:
         return [rank.pid for rank in self._ranks if rank.pid is not None]
 
     @property
+    def gpu_bytes(self) -> list[int | None]:
+        """GPU memory that each rank holds; None where it has no GPU or has not said."""
+        return [rank.gpu_bytes for rank in self._ranks]
+
+    @property
     def dying(self) -> bool:
         """Whether its processes are gone or about to be, though `state` may not say so yet."""
         return self._death is not None and self._death.done()
@@ -298,6 +303,8 @@ class Slot:
 
     def _take(self, rank: RankProcess, message: Message) -> None:
         match message:
+            case messages.Heartbeat():
+                rank.gpu_bytes = message.gpu_bytes
             case messages.Loading():
                 self._deadlines.pop("start", None)
                 if "load" not in self._deadlines:

@@ -13,9 +13,7 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 from starlette.routing import Mount
 
@@ -63,51 +61,10 @@ class EventFeed:
             self.open -= 1
 
 
-class StudioCollector(Collector):
-    """Reads the studio's state at each scrape; keeps none of its own."""
-
-    def __init__(self, studio: Studio) -> None:
-        self._studio = studio
-
-    def collect(self) -> list[Metric]:
-        """The metrics of this moment."""
-        studio = self._studio
-        jobs = GaugeMetricFamily("mochi_jobs", "Jobs in the history.", labels=["status"])
-        for status in JobStatus:
-            jobs.add_metric([status.lower()], studio.history.count(status))
-        slots = GaugeMetricFamily(
-            "mochi_slot_up", "1 when the slot has its model loaded.", labels=["slot", "state"]
-        )
-        restarts = GaugeMetricFamily(
-            "mochi_slot_restarts", "Deaths of the slot's processes.", labels=["slot"]
-        )
-        for slot in studio.pool.slots:
-            state = slot.describe()
-            name = str(state["slot"])
-            slots.add_metric([name, state["state"]], float(state["state"] in ("ready", "busy")))
-            restarts.add_metric([name], slot.restarts)
-        return [
-            jobs,
-            slots,
-            restarts,
-            GaugeMetricFamily(
-                "mochi_videos_bytes", "Bytes of all videos.", value=studio.media.total_bytes()
-            ),
-            GaugeMetricFamily(
-                "mochi_quota_bytes", "Room for videos, in bytes.", value=studio.shelf.quota_bytes
-            ),
-            GaugeMetricFamily(
-                "mochi_disk_free_bytes", "Free on the data disk.", value=studio.media.free_bytes()
-            ),
-        ]
-
-
 def add_routes(app: FastAPI, studio: Studio) -> None:
     """Put the routes onto the parent app; before Gradio is mounted at its root."""
     router = APIRouter()
     feed = EventFeed(studio)
-    registry = CollectorRegistry()
-    registry.register(StudioCollector(studio))
 
     @router.get("/livez")
     async def livez() -> PlainTextResponse:
@@ -123,7 +80,7 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
     @router.get("/metrics")
     async def metrics() -> Response:
         """Prometheus text."""
-        text = await asyncio.to_thread(generate_latest, registry)
+        text = await asyncio.to_thread(studio.metrics.text)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/events")
