@@ -32,6 +32,7 @@ from mochi_app.settings import Settings, SlotSpec
 log = logging.getLogger(__name__)
 
 ENGINE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "mochi_app.engine.rank")
+FOLLOW_GRACE = 1.0  # seconds that other ranks may be behind the first at the end of a job
 WATCH_INTERVAL = 0.1  # seconds between looks at the deadlines
 
 
@@ -113,7 +114,8 @@ class Slot:
         self._job_id: str | None = None
         self._on_event: Callable[[messages.JobEvent], None] | None = None
         self._cancelling = False
-        self._followed = 0  # ranks other than the first that have done their part of the job
+        self._following = 0  # ranks other than the first that still have their part to do
+        self._all_followed = asyncio.Event()
 
     @property
     def pids(self) -> list[int]:
@@ -313,7 +315,9 @@ class Slot:
             case messages.Ready():
                 self._take_ready(rank, message)
             case messages.Followed() if message.job_id == self._job_id:
-                self._followed += 1
+                self._following -= 1
+                if not self._following:
+                    self._all_followed.set()
             case messages.Failed() if message.job_id == self._job_id:
                 self._take_job_event(message)
             case messages.JobEvent() if message.job_id == self._job_id and rank.rank == 0:
@@ -355,14 +359,15 @@ class Slot:
             raise SlotDied(self.detail or f"slot {self.index} is {self.state}")
         self._outcome = asyncio.get_running_loop().create_future()
         self._job_id, self._on_event, self._cancelling = request.job_id, on_event, False
-        self._followed = 0
+        self._following = self.spec.world_size - 1
+        self._all_followed.clear()
         self._set(SlotState.BUSY)
         self._progressed(f"job {request.job_id}")
         try:
             for rank in self._ranks:
                 rank.send(replace(request, epoch=self.epoch))
             await first_of(self._outcome, self._death)
-            return self._conclude()
+            return await self._conclude()
         finally:
             self._job_id = self._on_event = self._outcome = None
             self._deadlines.pop("step", None)
@@ -370,7 +375,7 @@ class Slot:
             if not self._death.done():
                 self._set(SlotState.READY)
 
-    def _conclude(self) -> messages.Done:
+    async def _conclude(self) -> messages.Done:
         """What came of the run: a result that arrived wins over a death or a cancel after it."""
         assert self._outcome is not None
         assert self._death is not None
@@ -383,16 +388,20 @@ class Slot:
             case messages.Failed():
                 if not outcome.poisoned:
                     if not outcome.settled:
-                        self._renew_group()
+                        await self._renew_group()
                     raise JobFailed(outcome.error)
                 self._die(f"the process cannot be used any more: {outcome.error}")
         if self._cancelling:
             raise JobCancelled
         raise SlotDied(self._death.result())
 
-    def _renew_group(self) -> None:
-        """After a failed job, ranks that did not come to its end may wait for a lost one."""
-        if self._followed < self.spec.world_size - 1:
+    async def _renew_group(self) -> None:
+        """After a failed job, ranks that do not come to its end wait for a lost one."""
+        if not self._following:
+            return
+        try:
+            await asyncio.wait_for(self._all_followed.wait(), FOLLOW_GRACE)
+        except TimeoutError:
             self.blameless = True
             self._die("a job failed, and its ranks start anew")
 
