@@ -13,8 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mochi_app.jobs import Job
+from mochi_app.settings import Patience
 
 PATIENCE = 4.0
+SLACK = 10.0  # times the expected seconds before a run counts as hung
+CANCEL_SLACK = 3.0
+LEAST_SHARE = 1 / 3  # of a timeout, however fast the machine was measured to be
 SMOOTHING = 0.3  # weight of the newest measurement
 
 
@@ -56,12 +60,38 @@ class Speeds:
     def _mix(old: float | None, new: float) -> float:
         return new if old is None else (1 - SMOOTHING) * old + SMOOTHING * new
 
+    def step_seconds(self, job: Job) -> float | None:
+        """Seconds of one step of the job."""
+        return None if self.denoise is None else self.denoise * passes(job) * volume(job)
+
+    def stage_seconds(self, job: Job) -> float | None:
+        """Seconds of the job's text, decode and encode together."""
+        return None if self.other is None else self.other * volume(job)
+
     def run_seconds(self, job: Job, steps_done: int = 0) -> float | None:
         """Seconds from step `steps_done` of the job to its video."""
         if self.denoise is None or self.other is None:
             return None
         steps = max(0, job.num_inference_steps - steps_done)
         return volume(job) * (self.denoise * steps * passes(job) + self.other)
+
+
+def patience(job: Job, speeds: Speeds, timeouts: Patience, usual_volume: int) -> Patience:
+    """Deadlines of a job, from what this machine needs for such work.
+
+    `timeouts` are those of the usual video, pixels × frames of which are `usual_volume`, as long
+    as nothing is measured; a larger video has proportionally more time. Then it is a multiple of
+    the expected seconds, and at least a third of that.
+    """
+    larger = max(1.0, volume(job) / usual_volume)
+    most = Patience(timeouts.step * larger, timeouts.cancel * larger)
+    step, stages = speeds.step_seconds(job), speeds.stage_seconds(job)
+    if step is None or stages is None:
+        return most
+    return Patience(
+        step=max(LEAST_SHARE * most.step, SLACK * max(step, stages)),
+        cancel=max(timeouts.cancel, CANCEL_SLACK * step),
+    )
 
 
 Estimate = Callable[[Job], float | None]

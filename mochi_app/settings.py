@@ -42,6 +42,14 @@ class SlotSpec:
         return ",".join(self.devices)
 
 
+@dataclass(frozen=True)
+class Patience:
+    """Seconds that a run may show no progress, and that a cancel may wait for its boundary."""
+
+    step: float
+    cancel: float
+
+
 GPU_NUMBER = re.compile("0|[1-9][0-9]{0,2}")
 SLOTS_EXPECTED = "slots separated by ';', each 'cpu', 'cpu*N' or GPU numbers such as '0' or '0,1'"
 
@@ -210,14 +218,16 @@ class Settings(BaseSettings):
     step_timeout: Seconds = Field(
         default=300,
         description="Seconds without progress (a step, or a stage of text, decode, encode) after "
-        "which a running slot counts as hung.",
+        "which a running slot counts as hung, for a video of the usual size. Once this machine is "
+        "measured: ten times what is expected, and at least a third of this.",
     )
     heartbeat_timeout: Seconds = Field(
         default=30, description="Seconds without a heartbeat after which a rank counts as frozen."
     )
     cancel_timeout: Seconds = Field(
         default=30,
-        description="Seconds a cancel may wait for its step boundary before the slot is killed.",
+        description="Seconds a cancel may wait for its step boundary before the slot is killed; "
+        "three steps where those take longer.",
     )
     restart_backoff: Seconds = Field(
         default=1, description="Seconds before a dead slot is restarted; doubles with each death."
@@ -235,6 +245,11 @@ class Settings(BaseSettings):
     log_format: str = Field(
         default="text", pattern="^(text|json)$", description="The log: `text`, or `json` by line."
     )
+
+    @property
+    def patience(self) -> Patience:
+        """That with a video of the usual size, as long as nothing is measured."""
+        return Patience(self.step_timeout, self.cancel_timeout)
 
     @property
     def model_dir(self) -> Path | None:

@@ -40,7 +40,7 @@ from mochi_app.loras import lora_names
 from mochi_app.media import MediaError, MediaStore
 from mochi_app.metrics import Metrics
 from mochi_app.pulse import Pulse
-from mochi_app.settings import ModelDefaults, Settings
+from mochi_app.settings import ModelDefaults, Patience, Settings
 from mochi_app.shelf import Shelf
 
 log = logging.getLogger(__name__)
@@ -490,7 +490,9 @@ class Studio:
             if live.cancel_requested:
                 raise JobCancelled
             live.slot = slot.index
-            done = await slot.run(self._request(job), lambda event: self._hear(live, event))
+            done = await slot.run(
+                self._request(job), lambda event: self._hear(live, event), self._patience(job)
+            )
             video, poster = await asyncio.to_thread(
                 self.media.finalise, job.id, slot.index, done.video, done.poster
             )
@@ -545,6 +547,15 @@ class Studio:
             )
         else:
             await self._fail(job, f"the engine died {job.attempts} times on it, last: {reason}")
+
+    def _patience(self, job: Job) -> Patience:
+        """How long the job's run may stand still on this machine."""
+        usual = self.defaults.height * self.defaults.width * self.defaults.num_frames
+        timeouts = self.settings.patience
+        chosen = scheduling.patience(job, self.live.speeds, timeouts, usual)
+        if self.settings.compile:  # at the first video of a new size: minutes
+            chosen = replace(chosen, step=max(chosen.step, timeouts.step))
+        return chosen
 
     def _request(self, job: Job) -> messages.Run:
         facts: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,9 +34,11 @@ from mochi_app.engine.messages import (
 from mochi_app.engine.pipeline import Engine, LatentColours, Result, TooLarge
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny-mochi"
+SCRATCH = tempfile.TemporaryDirectory()
 CONFIG = Configure(
-    slot=0, rank=0, world_size=1, model=str(TINY), device="cpu", dtype="float32", scratch=""
-)
+    slot=0, rank=0, world_size=1, model=str(TINY), device="cpu", dtype="float32",
+    scratch=SCRATCH.name,
+)  # fmt: skip
 REQUEST = Run(
     job_id="j", prompt="a red ball rolls right", negative_prompt="", seed=3,
     num_inference_steps=2, guidance_scale=3.0, height=64, width=80, num_frames=7, fps=12,
@@ -314,6 +317,7 @@ def test_loading_tells_that_it_tries_the_model(engine: Engine, told: list[Messag
     assert engine.device == "cpu"
     assert engine.versions["torch"] == torch.__version__
     assert torch.get_num_threads() == 1
+    assert not list(Path(SCRATCH.name).iterdir())
 
 
 def test_a_model_that_yields_nan_does_not_load(
@@ -324,6 +328,15 @@ def test_a_model_that_yields_nan_does_not_load(
     monkeypatch.setattr(pipeline, "open_pipeline", lambda *given, **more: pipe)
     with pytest.raises(ArithmeticError, match="not finite"):
         pipeline.load(CONFIG, ignore)
+
+
+def test_a_slot_that_cannot_write_a_video_does_not_load(
+    pipe: MochiPipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pipeline, "open_pipeline", lambda *given, **more: pipe)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        pipeline.load(replace(CONFIG, scratch=str(tmp_path / "file")), ignore)
 
 
 @pytest.mark.parametrize(

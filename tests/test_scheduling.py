@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from mochi_app.jobs import Job
-from mochi_app.scheduling import PATIENCE, Speeds, next_job, places
+from mochi_app.scheduling import PATIENCE, Speeds, next_job, patience, places
+from mochi_app.settings import Patience
 
 
 def job(name: str, *, at: float = 0.0, steps: int = 8, guidance_scale: float = 4.5) -> Job:
@@ -108,3 +109,27 @@ def test_a_job_without_measurements_teaches_nothing() -> None:
     speeds = Speeds()
     speeds.observe(job("adopted"))
     assert speeds.denoise is None
+
+
+def test_deadlines_grow_with_the_video_until_something_is_measured() -> None:
+    timeouts, usual = Patience(step=300, cancel=30), 64 * 64 * 7
+    assert patience(job("usual"), Speeds(), timeouts, usual) == timeouts
+    small = replace(job("small"), num_frames=1)
+    assert patience(small, Speeds(), timeouts, usual) == timeouts
+    large = replace(job("large"), height=128, width=192)
+    assert patience(large, Speeds(), timeouts, usual) == Patience(1800, 180)
+
+
+def test_deadlines_follow_what_was_measured() -> None:
+    timeouts, usual = Patience(step=300, cancel=30), 64 * 64 * 7
+    slow, fast = Speeds(), Speeds()
+    slow.observe(measured(8, 4.5, {"denoise": 8 * 60, "decode": 20}))
+    fast.observe(measured(8, 4.5, {"denoise": 8 * 0.01, "decode": 0.5}))
+    assert patience(job("a"), fast, timeouts, usual) == Patience(100, 30)
+    found = patience(job("a"), slow, timeouts, usual)
+    assert (found.step, found.cancel) == (pytest.approx(600), pytest.approx(180))
+    decoding = Speeds()
+    decoding.observe(measured(8, 4.5, {"denoise": 8, "decode": 90}))
+    assert patience(job("a"), decoding, timeouts, usual).step == pytest.approx(900)
+    without_pair = patience(job("a", guidance_scale=1.0), slow, timeouts, usual)
+    assert without_pair.step == pytest.approx(300)

@@ -14,6 +14,7 @@ import pytest
 from mochi_app.engine import messages
 from mochi_app.engine.messages import JobEvent, Run
 from mochi_app.engine.slot import JobCancelled, JobFailed, Slot, SlotDied, SlotState
+from mochi_app.settings import Patience
 from tests.conftest import alive, eventually
 
 MakeSlot = Callable[..., Slot]
@@ -159,6 +160,21 @@ async def test_a_hang_with_heartbeat_runs_into_the_step_deadline(make_slot: Make
     await slot.start()
     with pytest.raises(SlotDied, match=r"no progress within 0\.5 seconds"):
         await slot.run(request("hang"), ignore)
+
+
+async def test_a_run_can_have_a_deadline_of_its_own(make_slot: MakeSlot) -> None:
+    slot = make_slot(step_timeout=60)
+    await slot.start()
+    with pytest.raises(SlotDied, match=r"no progress within 0\.4 seconds"):
+        await slot.run(request("hang"), ignore, Patience(step=0.4, cancel=60))
+    await slot.died()
+    await slot.start()
+    run = asyncio.create_task(slot.run(request("hang"), ignore, Patience(step=60, cancel=0.3)))
+    await eventually(lambda: slot.job_id)
+    slot.cancel("job")
+    with pytest.raises(JobCancelled):
+        await run
+    assert "did not stop within 0.3 seconds" in await slot.died()
 
 
 async def test_a_frozen_process_runs_into_the_heartbeat_deadline(make_slot: MakeSlot) -> None:

@@ -33,7 +33,7 @@ from PIL import Image
 
 from mochi_app.engine import speed
 from mochi_app.engine.decode import decode
-from mochi_app.engine.encode import Frames
+from mochi_app.engine.encode import Frames, save
 from mochi_app.engine.group import Ranks
 from mochi_app.engine.loading import (
     LoadError,
@@ -104,9 +104,11 @@ class TextEmbeddings:
 
 
 def load(config: Configure, emit: Emit) -> Engine:
-    """Load the model that `config` names, ready to run, and try it once on the smallest video.
+    """Load the model that `config` names, ready to run, and try it on the smallest video, which is
+    encoded into the scratch folder and removed: a slot is ready when it has made one.
 
     Raises:
+        EncodeError, OSError: the smallest video cannot be encoded or written.
         LoadError: no such folder, no such device, or a model that yields no finite numbers.
         LayoutError: the model's attention heads cannot be split over the ranks.
     """
@@ -137,7 +139,12 @@ def load(config: Configure, emit: Emit) -> Engine:
     loras = Path(config.lora_dir) if config.lora_dir else None
     engine = Engine(pipe, colours, ranks, loras, room)
     emit(Loading(what="warming up"))
-    engine.warm_up()
+    frames = engine.warm_up()
+    if frames is not None:
+        folder = Path(config.scratch)
+        output = save(frames, folder, "warm-up", fps=1, prompt="warm-up", metadata={})
+        (folder / output.video).unlink()
+        (folder / output.poster).unlink()
     return engine
 
 
@@ -190,9 +197,11 @@ class Engine:
         libraries = {"torch": torch, "diffusers": diffusers, "transformers": transformers}
         return {name: str(library.__version__) for name, library in libraries.items()}
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> Frames | None:
         """Make the smallest video in two steps, with and without guidance: a broken model shows
         now, and what is compiled or connected at first use costs no job its time.
+
+        Returns its frames, as `Result.frames`.
 
         Raises:
             ArithmeticError: the model yields infinities or NaN.
@@ -202,7 +211,8 @@ class Engine:
                 job_id="warm-up", prompt="a", negative_prompt="", seed=0, num_inference_steps=2,
                 guidance_scale=guidance_scale, height=64, width=64, num_frames=7, fps=1,
             )  # fmt: skip
-            self.run(smallest, emit=unsaid, cancelled=lambda: False)
+            result = self.run(smallest, emit=unsaid, cancelled=lambda: False)
+        return result.frames if result else None
 
     def run(self, request: Run, emit: Emit, cancelled: Callable[[], bool]) -> Result | None:
         """Make the frames of `request`; None if `cancelled` said so at a stage or step boundary,

@@ -27,7 +27,7 @@ from typing import Any
 from mochi_app.engine import messages
 from mochi_app.engine.messages import Message
 from mochi_app.engine.rank_process import RankProcess, unbroken
-from mochi_app.settings import Settings, SlotSpec
+from mochi_app.settings import Patience, Settings, SlotSpec
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +104,7 @@ class Slot:
         self._threads = threads
         self._command = command
         self._on_change = on_change
+        self._patience = settings.patience
         self._ranks: list[RankProcess] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._deadlines: dict[str, Deadline] = {}
@@ -269,7 +270,7 @@ class Slot:
         )
 
     def _progressed(self, what: str) -> None:
-        self._set_deadline("step", self._settings.step_timeout, f"{what} showed no progress")
+        self._set_deadline("step", self._patience.step, f"{what} showed no progress")
 
     async def _watch(self) -> None:
         """Kill the slot when a deadline passes."""
@@ -346,9 +347,14 @@ class Slot:
     # Jobs
 
     async def run(
-        self, request: messages.Run, on_event: Callable[[messages.JobEvent], None]
+        self,
+        request: messages.Run,
+        on_event: Callable[[messages.JobEvent], None],
+        patience: Patience | None = None,
     ) -> messages.Done:
         """Run one job; `on_event` hears its stages, steps and pictures.
+
+        `patience` has its deadlines, those of the settings if None.
 
         Raises:
             JobFailed: the engine says so.
@@ -362,6 +368,7 @@ class Slot:
         self._following = self.spec.world_size - 1
         self._all_followed.clear()
         self._set(SlotState.BUSY)
+        self._patience = patience or self._settings.patience
         self._progressed(f"job {request.job_id}")
         try:
             for rank in self._ranks:
@@ -410,6 +417,6 @@ class Slot:
         if job_id != self._job_id or self._cancelling:
             return
         self._cancelling = True
-        self._set_deadline("cancel", self._settings.cancel_timeout, f"job {job_id} did not stop")
+        self._set_deadline("cancel", self._patience.cancel, f"job {job_id} did not stop")
         for rank in self._ranks:
             rank.send(messages.Cancel(epoch=self.epoch, job_id=job_id))
