@@ -169,8 +169,10 @@ async def test_a_run_can_have_a_deadline_of_its_own(make_slot: MakeSlot) -> None
         await slot.run(request("hang"), ignore, Patience(step=0.4, cancel=60))
     await slot.died()
     await slot.start()
-    run = asyncio.create_task(slot.run(request("hang"), ignore, Patience(step=60, cancel=0.3)))
-    await eventually(lambda: slot.job_id)
+    events: list[JobEvent] = []
+    work = slot.run(request("hang"), events.append, Patience(step=60, cancel=0.3))
+    run = asyncio.create_task(work)
+    await eventually(lambda: any(isinstance(event, messages.Step) for event in events))
     slot.cancel("job")
     with pytest.raises(JobCancelled):
         await run
