@@ -6,7 +6,9 @@ The behaviour says how it loads; the prompt says how a job goes:
     "kill"         SIGKILL to itself at step 2     "stop"    SIGSTOP to itself at step 2
     "kill once F"  as "kill", unless the file F exists, which it makes
     "no frames"    what cannot be encoded
-    "refuse"       raises on all ranks alike
+    "refuse"       raises on all ranks alike       "memory"  raises what torch does
+    "late"         says that it is done, in the epoch before
+    "garbage once F", "half once F"  what is no message, half a message and an exit; F as above
     anything else  0.002 s a step
 """
 
@@ -22,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from mochi_app.engine import rank
-from mochi_app.engine.messages import Configure, Message, Run, Stage, Step
+from mochi_app.engine.messages import Configure, Done, Message, Run, Stage, Step, encode
 
 Emit = Callable[[Message], None]
 
@@ -36,8 +38,9 @@ class FakeResult:
 
 
 class FakeEngine:
-    def __init__(self, rank: int = 0) -> None:
+    def __init__(self, rank: int = 0, epoch: int = 0) -> None:
         self.rank = rank
+        self.epoch = epoch
         self.device = "fake"
         self.versions = {"fake": "1"}
 
@@ -53,6 +56,7 @@ class FakeEngine:
                 return None
             if step == 2:
                 misbehave(request.prompt)
+                babble(request, self.epoch)
             time.sleep(pause)
             emit(
                 Step(
@@ -87,6 +91,8 @@ def misbehave(prompt: str) -> None:
             raise Refusal("no rank can do this")
         case ["poison", *_]:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        case ["memory", *_]:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
         case ["hang", *_]:
             time.sleep(3600)
         case ["kill", "once", flag]:
@@ -97,6 +103,23 @@ def misbehave(prompt: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case ["stop", *_]:
             os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def babble(request: Run, epoch: int) -> None:
+    """Write to the channel past the process's own voice."""
+    channel = int(sys.argv[3])
+    match request.prompt.split(maxsplit=2):
+        case ["late", *_]:
+            done = Done(
+                epoch=epoch - 1, job_id=request.job_id, video="none.mp4", poster="none.webp",
+                seconds={}, latents_hash="", frames_hash="",
+            )  # fmt: skip
+            os.write(channel, encode(done))
+        case [what, "once", flag] if what in ("garbage", "half") and not Path(flag).exists():
+            Path(flag).touch()
+            os.write(channel, b"{not json}\n" if what == "garbage" else b'{"type":"Done","epo')
+            if what == "half":
+                os._exit(0)
 
 
 def load(config: Configure, emit: Emit) -> FakeEngine:
@@ -111,7 +134,7 @@ def load(config: Configure, emit: Emit) -> FakeEngine:
             time.sleep(3600)
         case ["garbage"]:
             os.write(int(sys.argv[3]), b"{not json}\n")
-    return FakeEngine(config.rank)
+    return FakeEngine(config.rank, config.epoch)
 
 
 if __name__ == "__main__":
