@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
@@ -262,6 +262,9 @@ class Job:
     are SHA-256 of the first latents and of the raw frames.
 
     `video` and `poster` are file names inside their folders, set once the file is in place.
+    `deaths` says how slots died of the job with no new checkpoint in between, and `checkpoint_at`
+    is the time of the checkpoint that there was at the last of them, 0 for none.
+    `resumed_step` is the step after which the run went on that made the video.
     """
 
     id: str
@@ -301,6 +304,9 @@ class Job:
     hashes: Mapping[str, str] = field(default_factory=dict)
     video: str | None = None
     poster: str | None = None
+    deaths: Sequence[str] = field(default_factory=list)
+    checkpoint_at: float = 0.0
+    resumed_step: int = 0
 
     @classmethod
     def from_request(cls, request: GenerationRequest, *, id: str, kind: str, **extra: Any) -> Job:

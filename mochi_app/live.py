@@ -25,11 +25,13 @@ class Live:
     slot: int | None = None
     stage: str = ""
     step: int = 0
+    resumed_step: int = 0
     step_seconds: float | None = None
     stage_began: float = 0.0
     tiles: tuple[int, int] = (0, 0)  # decoded, of all
     image: str | None = None
     cancel_requested: bool = False
+    blameless: bool = False  # should its slot die, that is not the job's doing
     ended_at: float | None = None
 
 
@@ -85,6 +87,7 @@ class LiveJobs:
             "enhanced": job.enhanced,
             "steps": job.num_inference_steps,
             "step": job.num_inference_steps if done else live.step if live else 0,
+            "resumed_step": live.resumed_step if live else job.resumed_step,
             "stage": live.stage if live else "",
             "tile": live.tiles[0] if live else 0,
             "tiles": live.tiles[1] if live else 0,

@@ -8,11 +8,13 @@ job id of the right form, a slot's number, or a bare file name.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from mochi_app.jobs import JOB_ID, parse_job_id, shown
 
 VIDEO_SUFFIX = ".mp4"
 POSTER_SUFFIX = ".webp"
+CHECKPOINT = "latents.safetensors"
 TEMPORARY_PREFIX = "tmp-"
 READ_TIMEOUT_SECONDS = 30
 FOLDERS = ("videos", "posters", "withheld", "checkpoints", "scratch", "backups")
@@ -55,6 +58,7 @@ class MediaStore:
         self.videos = self.data_dir / "videos"
         self.posters = self.data_dir / "posters"
         self.withheld = self.data_dir / "withheld"
+        self.checkpoints = self.data_dir / "checkpoints"
         self._lock = threading.Lock()
         self._sizes = video_sizes(self.videos)
         self._withheld_sizes = video_sizes(self.withheld)
@@ -162,6 +166,46 @@ class MediaStore:
         with self._lock:
             self._sizes.pop(job_id, None)
             self._withheld_sizes.pop(job_id, None)
+
+    def checkpoint(self, job_id: str) -> Path:
+        """The file for the job's checkpoint; the engine makes it and its folder.
+
+        Raises:
+            RequestError: not a job id.
+        """
+        return self.checkpoints / parse_job_id(job_id) / CHECKPOINT
+
+    def checkpoint_time(self, job_id: str) -> float:
+        """When the job's checkpoint was written, in Unix seconds; 0 if there is none.
+
+        Raises:
+            RequestError: not a job id.
+        """
+        path = self.checkpoint(job_id)
+        try:
+            return path.stat().st_mtime
+        except OSError:
+            return 0.0
+
+    def remove_checkpoint(self, job_id: str) -> None:
+        """Remove the job's checkpoint, if there is one; what cannot be removed is swept later.
+
+        Raises:
+            RequestError: not a job id.
+        """
+        shutil.rmtree(self.checkpoint(job_id).parent, ignore_errors=True)
+
+    def sweep_checkpoints(self, going_on: Collection[str]) -> int:
+        """Remove what belongs to none of the jobs `going_on`, as far as that is possible; returns
+        how many. Only at start."""
+        gone = [path for path in self.checkpoints.iterdir() if path.name not in going_on]
+        for path in gone:
+            with contextlib.suppress(OSError):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        return len(gone)
 
     def job_ids(self) -> list[str]:
         """Ids of the jobs whose video is in place, oldest first."""

@@ -48,11 +48,12 @@ class Speeds:
     other: float | None = None  # text, decode and encode: per pixel and frame
 
     def observe(self, job: Job) -> None:
-        """Learn from a finished job's `seconds`."""
-        if "denoise" not in job.seconds:
+        """Learn from a finished job's `seconds`, which are those of the steps after it resumed."""
+        steps = job.num_inference_steps - job.resumed_step
+        if "denoise" not in job.seconds or steps < 1:
             return
         other = sum(job.seconds.get(stage, 0.0) for stage in ("text", "decode", "encode"))
-        per_step = job.seconds["denoise"] / (job.num_inference_steps * passes(job) * volume(job))
+        per_step = job.seconds["denoise"] / (steps * passes(job) * volume(job))
         self.denoise = self._mix(self.denoise, per_step)
         self.other = self._mix(self.other, other / volume(job))
 

@@ -124,6 +124,13 @@ class Settings(BaseSettings):
     )
     preview_steps: Steps = Field(default=8, description="Steps of a preview.")
     enhance_steps: Steps = Field(default=64, description="Steps of an enhance.")
+    checkpoint_steps: int = Field(
+        default=8,
+        ge=0,
+        description="Steps between checkpoints of a running job, which it goes on from when its "
+        "slot or the server is gone: at most so many steps are done twice. 0 is off; with "
+        "`MOCHI_CACHE_THRESHOLD` there are none.",
+    )
     height: int | None = Field(
         default=None, ge=64, multiple_of=16, description="Default height in pixels."
     )

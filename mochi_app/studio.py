@@ -18,7 +18,7 @@ from typing import Any
 from mochi_app import __version__, scheduling
 from mochi_app.engine import messages
 from mochi_app.engine.pool import Pool, SupervisedSlot
-from mochi_app.engine.slot import JobCancelled, JobFailed, Slot, SlotDied
+from mochi_app.engine.slot import JobCancelled, JobFailed, Slot, SlotDied, SlotState
 from mochi_app.history import History, HistoryError, JobQuery
 from mochi_app.jobs import (
     Conflict,
@@ -45,7 +45,9 @@ from mochi_app.shelf import Shelf
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 2
+POISON_DEATHS = 2  # slots that die of a job with no checkpoint in between
+MAX_ATTEMPTS = 20  # whatever it achieved in each
+MAX_REASON_CHARS = 300
 MAX_PAGE_SIZE = 100
 MAX_QUERY_CHARS = 200
 JANITOR_SECONDS = 60.0
@@ -117,6 +119,8 @@ class Studio:
         for job in self.history.with_status(JobStatus.CREATED):
             await self.history.update(job.id, lambda job: job.moved(JobStatus.PENDING))
         await self._mend_ownerless()
+        going_on = {job.id for job in self.history.with_status(JobStatus.PENDING)}
+        await asyncio.to_thread(self.media.sweep_checkpoints, going_on)
         for job_id in self.media.job_ids():
             found = self.history.get(job_id)
             if found is None:
@@ -141,6 +145,7 @@ class Studio:
             if self.media.video_path(job.id) is not None:
                 log.info("job %s: adopted its finished video", job.id)
                 await self.history.update(job.id, self._adopted)
+                await self._drop_checkpoint(job.id)
             else:
                 log.info("job %s: interrupted, queued again", job.id)
                 await self.history.update(job.id, interrupted)
@@ -376,6 +381,7 @@ class Studio:
         finally:
             self._withdrawn.discard(job.id)
         self._queue_moved()
+        await self._drop_checkpoint(job.id)
         return job
 
     async def star(self, job_id: Any, starred: Any = True) -> Job:
@@ -484,12 +490,15 @@ class Studio:
         finally:
             self.live.release(job.id)
             self.changed.beat()
+            await self._drop_checkpoint(job.id)
 
     async def _attempt(self, slot: Slot, job: Job, live: Live) -> bool:
         try:
             if live.cancel_requested:
                 raise JobCancelled
             live.slot = slot.index
+            # One that is dying by now dies of something older than this job
+            live.blameless = slot.dying or slot.state is not SlotState.READY
             done = await slot.run(
                 self._request(job), lambda event: self._hear(live, event), self._patience(job)
             )
@@ -503,7 +512,8 @@ class Studio:
             await self._fail(job, str(error))
             return not slot.dying
         except SlotDied as error:
-            await self._interrupted(job, str(error))
+            live.blameless = live.blameless or slot.blameless or self.stopping
+            await self._interrupted(job, live, str(error))
             return False
         except (OSError, MediaError) as error:
             log.exception("job %s: its video could not be kept", job.id)
@@ -518,6 +528,7 @@ class Studio:
                 hashes={"frames": done.frames_hash, "latents": done.latents_hash},
                 video=video,
                 poster=poster,
+                resumed_step=live.resumed_step,
             ),
         )
         self.live.speeds.observe(job)
@@ -536,17 +547,38 @@ class Studio:
             ),
         )
 
-    async def _interrupted(self, job: Job, reason: str) -> None:
-        """The slot is gone: once more from the queue, unless that was tried already."""
-        if self.stopping:
+    async def _interrupted(self, job: Job, live: Live, reason: str) -> None:
+        """The slot is gone: once more from the queue, unless the job is poison to slots.
+
+        It is when slots die of it and no checkpoint comes in between. What counts is in the record
+        before the next attempt, so that the end of a server changes nothing.
+        """
+        if live.blameless:
+            log.warning("job %s: %s; queued again, the attempt does not count", job.id, reason)
             await self.history.update(job.id, interrupted)
-        elif job.attempts < MAX_ATTEMPTS:
-            log.warning("job %s: %s; queued again", job.id, reason)
-            await self.history.update(
-                job.id, lambda job: job.moved(JobStatus.PENDING, error=reason)
-            )
+            return
+        checkpoint_at = await asyncio.to_thread(self.media.checkpoint_time, job.id)
+        advanced = checkpoint_at not in (0, job.checkpoint_at)
+        before = [] if advanced else job.deaths
+        where = f"at step {live.step} of {job.num_inference_steps}: {reason}"
+        deaths = [*before, where[:MAX_REASON_CHARS]]
+        if len(deaths) >= POISON_DEATHS:
+            times = f"{len(deaths)} slots died of it and it came no further"
+            await self._fail(job, f"poison: {times}; " + "; ".join(deaths))
+        elif job.attempts >= MAX_ATTEMPTS:
+            await self._fail(job, f"the engine died {job.attempts} times on it, last {where}")
         else:
-            await self._fail(job, f"the engine died {job.attempts} times on it, last: {reason}")
+            log.warning("job %s: %s; queued again", job.id, where)
+            died = {"deaths": deaths, "checkpoint_at": checkpoint_at}
+            await self.history.update(
+                job.id, lambda job: job.moved(JobStatus.PENDING, error=reason, **died)
+            )
+
+    async def _drop_checkpoint(self, job_id: str) -> None:
+        """Remove the checkpoint of a job that has ended."""
+        job = self.history.get(job_id)
+        if job is None or job.status.terminal:
+            await asyncio.to_thread(self.media.remove_checkpoint, job_id)
 
     def _patience(self, job: Job) -> Patience:
         """How long the job's run may stand still on this machine."""
@@ -579,12 +611,20 @@ class Studio:
             "model": job.model,
             "version": __version__,
         }
-        return messages.Run(**facts, metadata=facts | more)
+        every = self.settings.checkpoint_steps
+        return messages.Run(
+            **facts,
+            metadata=facts | more,
+            checkpoint=str(self.media.checkpoint(job.id)) if every else "",
+            checkpoint_steps=every,
+        )
 
     def _hear(self, live: Live, event: messages.JobEvent) -> None:
         match event:
             case messages.Stage():
                 live.stage, live.stage_began = event.stage, time.monotonic()
+            case messages.Resumed():
+                live.step = live.resumed_step = event.step
             case messages.Step():
                 live.step = event.step
                 live.step_seconds = event.seconds

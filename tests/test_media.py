@@ -277,3 +277,31 @@ def test_escaped_tags_are_read_as_they_were(tags: dict[str, str]) -> None:
     lines = [f"{escaped(key)}={escaped(value)}\n" for key, value in tags.items()]
     text = ";FFMETADATA1\n# a comment=no\n" + "".join(lines) + "[CHAPTER]\ntitle=chapter\n"
     assert media.parse_ffmetadata(text) == tags
+
+
+def test_a_checkpoint_is_timed_removed_and_swept_by_its_job(store: MediaStore) -> None:
+    gone, going_on = IDS.draw(), IDS.draw()
+    assert store.checkpoint_time(gone) == 0
+    store.remove_checkpoint(gone)
+    for job_id in (gone, going_on):
+        path = store.checkpoint(job_id)
+        assert path.parent.parent == store.data_dir / "checkpoints"
+        path.parent.mkdir()
+        path.touch()
+        os.utime(path, (5.25, 5.25))
+        assert store.checkpoint_time(job_id) == 5.25
+    (store.checkpoints / "stray").touch()
+    assert store.sweep_checkpoints({going_on}) == 2
+    assert [path.name for path in store.checkpoints.iterdir()] == [going_on]
+    store.remove_checkpoint(going_on)
+    assert list(store.checkpoints.iterdir()) == []
+    with pytest.raises(RequestError):
+        store.checkpoint("../videos")
+
+
+def test_checkpoints_that_cannot_be_had_are_none(store: MediaStore) -> None:
+    store.checkpoints.rmdir()
+    store.checkpoints.touch()
+    job_id = IDS.draw()
+    assert store.checkpoint_time(job_id) == 0
+    store.remove_checkpoint(job_id)

@@ -105,6 +105,16 @@ def test_speeds_scale_with_steps_and_guidance() -> None:
     assert speeds.run_seconds(job("a", steps=8), steps_done=6) == pytest.approx(4 + 4)
 
 
+def test_a_resumed_job_teaches_the_speed_of_the_steps_that_it_did() -> None:
+    speeds = Speeds()
+    whole = measured(64, 4.5, {"text": 1, "denoise": 16, "decode": 2, "encode": 1})
+    speeds.observe(replace(whole, resumed_step=56))
+    assert speeds.run_seconds(job("a", steps=8)) == pytest.approx(20)
+    speeds = Speeds()
+    speeds.observe(replace(whole, resumed_step=64))
+    assert speeds.denoise is None
+
+
 def test_a_job_without_measurements_teaches_nothing() -> None:
     speeds = Speeds()
     speeds.observe(job("adopted"))

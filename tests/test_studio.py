@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mochi_app.jobs import Conflict, Job, JobStatus, NotFound, RequestError
+from mochi_app.live import Live
 from mochi_app.studio import Studio
 from tests.conftest import DEADLINE, close_studio, eventually
 
@@ -195,9 +196,88 @@ async def test_a_job_that_kills_its_process_twice_fails_and_the_next_one_runs(
     bad, good = await ended(studio, bad), await ended(studio, good)
     assert bad.status is JobStatus.FAILED
     assert bad.error is not None
-    assert "died 2 times" in bad.error
+    assert bad.error.startswith("poison: 2 slots died of it and it came no further; at step 1 of 8")
     assert "SIGKILL" in bad.error
     assert good.status is JobStatus.COMPLETED
+
+
+def checkpoints(studio: Studio) -> list[str]:
+    return [folder.name for folder in studio.media.checkpoints.iterdir()]
+
+
+async def test_a_job_that_comes_further_each_time_is_no_poison(make_studio: MakeStudio) -> None:
+    studio = await make_studio(checkpoint_steps=4)
+    job = await studio.submit(prompt="kill on 6", num_inference_steps=17)
+    await eventually(lambda: studio.status(job.id)["resumed_step"] == 8, "the third attempt")
+    assert studio.status(job.id)["step"] >= 8
+    job = await ended(studio, job)
+    assert (job.status, job.attempts, job.resumed_step) == (JobStatus.COMPLETED, 4, 12)
+    assert [death[:16] for death in job.deaths] == ["at step 13 of 17"]
+    await eventually(lambda: not checkpoints(studio), "the end of its checkpoint")
+
+
+async def test_a_job_that_comes_further_each_time_is_given_up_in_the_end(
+    make_studio: MakeStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mochi_app.studio.MAX_ATTEMPTS", 3)
+    studio = await make_studio(checkpoint_steps=4)
+    job = await ended(studio, await studio.submit(prompt="kill on 6", num_inference_steps=17))
+    assert job.status is JobStatus.FAILED
+    assert job.error is not None
+    assert job.error.startswith("the engine died 3 times on it, last at step 13 of 17: rank 0 (pid")
+    await eventually(lambda: not checkpoints(studio), "the end of its checkpoint")
+
+
+async def test_deaths_of_a_job_are_counted_over_restarts_of_the_server(
+    make_studio: MakeStudio,
+) -> None:
+    studio = await make_studio(checkpoint_steps=4, restart_backoff=60, restart_backoff_max=60)
+    job = await studio.submit(prompt="kill at 6")
+    await eventually(lambda: studio.find(job.id).deaths, "the first death")
+    await close_studio(studio)
+    again = await make_studio(checkpoint_steps=4)
+    job = await ended(again, job)
+    assert (job.status, job.attempts) == (JobStatus.FAILED, 2)
+    assert job.error is not None
+    assert job.error.startswith("poison: 2 slots died of it and it came no further; at step 5 of 8")
+    assert job.error.count("SIGKILL") == 2
+
+
+async def test_a_slot_that_ends_through_no_fault_of_the_job_costs_no_attempt(
+    make_studio: MakeStudio,
+) -> None:
+    studio = await make_studio()
+    job = await studio.submit(prompt="slow", num_inference_steps=20)
+    for _ in range(3):
+        await running(studio, job)
+        slot = studio.pool.slots[0].slot
+        slot.blameless = True
+        slot.kill("the model was updated")
+        await eventually(lambda: studio.find(job.id).status is JobStatus.PENDING, "the queue")
+    job = await ended(studio, job)
+    assert (job.status, job.attempts, list(job.deaths)) == (JobStatus.COMPLETED, 1, [])
+
+
+async def test_a_cancelled_job_leaves_no_checkpoint(make_studio: MakeStudio) -> None:
+    studio = await make_studio(checkpoint_steps=2, restart_backoff=60, restart_backoff_max=60)
+    job = await studio.submit(prompt="kill at 6")
+    await eventually(lambda: studio.find(job.id).deaths, "its death")
+    assert checkpoints(studio) == [job.id]
+    await studio.cancel(job.id)
+    assert checkpoints(studio) == []
+
+
+async def test_checkpoints_of_jobs_that_are_gone_are_swept_at_start(
+    make_studio: MakeStudio,
+) -> None:
+    studio = await make_studio(checkpoint_steps=2)
+    job = await studio.submit(prompt="slow", num_inference_steps=60)
+    await running(studio, job, step=3)
+    await close_studio(studio)
+    assert checkpoints(studio) == [job.id]
+    (studio.media.checkpoints / ("0" * 14 + "-" + "0" * 16)).mkdir()
+    again = await make_studio(turns=False)
+    assert checkpoints(again) == [job.id]
 
 
 async def test_cancel_of_a_waiting_job(make_studio: MakeStudio) -> None:
@@ -276,8 +356,8 @@ async def test_a_cancel_of_a_job_whose_slot_just_died_is_kept(
     studio = await make_studio()
     requeue = studio._interrupted
 
-    async def requeue_and_be_cancelled(job: Job, reason: str) -> None:
-        await requeue(job, reason)
+    async def requeue_and_be_cancelled(job: Job, live: Live, reason: str) -> None:
+        await requeue(job, live, reason)
         await studio.cancel(job.id)
 
     monkeypatch.setattr(studio, "_interrupted", requeue_and_be_cancelled)

@@ -120,6 +120,11 @@ class LoraShelf:
         self._drop(list(self._adapters)[: -self._keep])
         return self._adapters[key]
 
+    def file_of(self, adapter: str) -> tuple[int, int]:
+        """Time (mtime in ns) and size (bytes) of the file that a loaded adapter came from."""
+        key = next(key for key, loaded in self._adapters.items() if loaded == adapter)
+        return key[1], key[2]
+
     def clear(self) -> None:
         """Unload everything: the transformer's layers are the stock ones again, hooks included."""
         self._adapters.clear()

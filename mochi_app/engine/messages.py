@@ -59,7 +59,11 @@ class Configure(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run(Message):
-    """Make one video. Names as in `jobs.Job`; `metadata` goes into the MP4 as it is."""
+    """Make one video. Names as in `jobs.Job`; `metadata` goes into the MP4 as it is.
+
+    Every `checkpoint_steps` steps the first rank leaves a checkpoint in the file `checkpoint`, and
+    the run goes on from one that is there; an empty path or 0 steps is neither.
+    """
 
     job_id: str
     prompt: str
@@ -75,6 +79,8 @@ class Run(Message):
     lora: str | None = None
     lora_scale: float = 1.0
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: str = ""
+    checkpoint_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +132,13 @@ class Stage(JobEvent):
     """The job enters a stage: text, denoise, decode or encode."""
 
     stage: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed(JobEvent):
+    """The run goes on from a checkpoint that an earlier attempt left after `step`."""
+
+    step: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +204,7 @@ _TYPES: dict[str, type[Message]] = {
     kind.__name__: kind
     for kind in (
         Configure, Run, Cancel, Shutdown, Heartbeat, Loading, Ready,
-        Stage, Step, Tiles, Latent, Done, Followed, Failed, Cancelled,
+        Stage, Resumed, Step, Tiles, Latent, Done, Followed, Failed, Cancelled,
     )
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ import transformers
 from diffusers import MochiPipeline
 from PIL import Image
 
-from mochi_app.engine import speed
+from mochi_app.engine import checkpoint, speed
+from mochi_app.engine.checkpoint import Trail
 from mochi_app.engine.decode import decode
 from mochi_app.engine.encode import Frames, save
 from mochi_app.engine.group import Ranks
@@ -41,11 +42,22 @@ from mochi_app.engine.loading import (
     Room,
     choose_attention,
     choose_device,
+    name_of,
     open_pipeline,
     quiet_libraries,
 )
 from mochi_app.engine.lora import LoraShelf
-from mochi_app.engine.messages import Configure, Latent, Loading, Message, Run, Stage, Step, Tiles
+from mochi_app.engine.messages import (
+    Configure,
+    Latent,
+    Loading,
+    Message,
+    Resumed,
+    Run,
+    Stage,
+    Step,
+    Tiles,
+)
 from mochi_app.engine.parallel import ParallelHandle, parallelize
 from mochi_app.engine.schedule import SCHEDULES, MochiScheduler
 from mochi_app.engine.speed import SpeedOptions
@@ -103,6 +115,14 @@ class TextEmbeddings:
     negative_prompt_attention_mask: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where the steps of a run begin: at `latents`, with `step` steps of all already done."""
+
+    step: int
+    latents: torch.Tensor
+
+
 def load(config: Configure, emit: Emit) -> Engine:
     """Load the model that `config` names, ready to run, and try it on the smallest video, which is
     encoded into the scratch folder and removed: a slot is ready when it has made one.
@@ -128,6 +148,7 @@ def load(config: Configure, emit: Emit) -> Engine:
     ranks = Ranks.join(config.rank, config.world_size, config.rendezvous, device)
     options = SpeedOptions.of(config)
     options.check(ranks)
+    facts = checkpoint.of_configuration(config) | precision_facts(precision)
     place = device if options.offload == "none" else torch.device("cpu")
     pipe = open_pipeline(config.model, precision, place, text=ranks.first)
     pipe.set_progress_bar_config(disable=True)
@@ -137,7 +158,8 @@ def load(config: Configure, emit: Emit) -> Engine:
     speed.apply(pipe, options, ranks)
     colours = LatentColours.read(Path(config.model) / "latent_rgb.json")
     loras = Path(config.lora_dir) if config.lora_dir else None
-    engine = Engine(pipe, colours, ranks, loras, room)
+    exact = options.cache_threshold == 0  # a cache is state that no checkpoint has
+    engine = Engine(pipe, colours, ranks, loras, room, facts if exact else None)
     emit(Loading(what="warming up"))
     frames = engine.warm_up()
     if frames is not None:
@@ -149,7 +171,11 @@ def load(config: Configure, emit: Emit) -> Engine:
 
 
 class Engine:
-    """A loaded pipeline, running one request at a time, on this rank and its peers."""
+    """A loaded pipeline, running one request at a time, on this rank and its peers.
+
+    `facts` is what the latents depend on beside the request and the layout: part of the stamp of
+    each checkpoint. Without it no run leaves one or goes on from one.
+    """
 
     def __init__(
         self,
@@ -158,6 +184,7 @@ class Engine:
         ranks: Ranks | None = None,
         loras: Path | None = None,
         room: Room | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
@@ -168,6 +195,7 @@ class Engine:
         pipe.scheduler = MochiScheduler.from_config(pipe.scheduler.config)
         self._loras = LoraShelf(pipe, loras)
         self._room = room
+        self._facts = facts
         self._parallel: ParallelHandle | None = None
         self._shape = (0, 0)
         for guided in (False, True):
@@ -232,19 +260,22 @@ class Engine:
         def stopped() -> bool:
             return ranks.agree(cancelled())
 
-        said = emit if ranks.first else unsaid
-        clock = StageClock(request.job_id, said, stopped, self._synchronize)
+        contact = Contact(emit if ranks.first else unsaid, stopped, self._synchronize)
+        clock = StageClock(request.job_id, contact)
         self._require_room(request)
         self._spread(request.guidance_scale > 1.0)
         try:
             with torch.no_grad():
                 with clock.stage("text"):
                     text = self._encode_text(request)
-                with clock.stage("denoise"), self._with_lora(request):
+                with clock.stage("denoise"), self._with_lora(request) as lora_file:
                     first = self._first_latents(request)
-                    latents = self._denoise(request, text, first, said, stopped)
+                    trail = self._trail(request, lora_file)
+                    start = self._start(request, first, trail, contact.emit)
+                    watcher = StepWatcher(request, start, contact, self._colours, trail)
+                    latents = self._denoise(request, text, start, watcher)
                 with clock.stage("decode"):
-                    frames = self._decode(latents, request, said, stopped)
+                    frames = self._decode(latents, request, contact.emit, stopped)
         except Stopped:
             return None
         finally:
@@ -298,10 +329,11 @@ class Engine:
         return TextEmbeddings(*parts)
 
     @contextmanager
-    def _with_lora(self, request: Run) -> Iterator[None]:
-        """The transformer with the LoRA that the request names, on all ranks or on none."""
+    def _with_lora(self, request: Run) -> Iterator[tuple[int, int] | None]:
+        """The transformer with the LoRA that the request names, on all ranks or on none; which
+        file it was, see `LoraShelf.file_of`."""
         if request.lora is None:
-            yield
+            yield None
             return
         adapter, problem = "", None
         try:
@@ -311,7 +343,7 @@ class Engine:
         if self._ranks.agree(problem is not None):
             raise problem or LoraError(f"LoRA {request.lora!r}: another rank cannot read it")
         with self._loras.active(adapter, request.lora_scale):
-            yield
+            yield self._loras.file_of(adapter)
 
     def _first_latents(self, request: Run) -> torch.Tensor:
         """Noise of shape (1, 12, (F-1)/6+1, H/8, W/8) in float32, drawn on the CPU.
@@ -330,24 +362,55 @@ class Engine:
         )
         return latents
 
+    def _trail(self, request: Run, lora_file: tuple[int, int] | None) -> Trail | None:
+        """The run's checkpoints; None if it has none, or on ranks other than the first."""
+        if not self._keeps(request) or not self._ranks.first:
+            return None
+        stamp = {
+            **(self._facts or {}),
+            **checkpoint.of_request(request),
+            **self.versions,
+            "layout": self._shape,
+            "device": self.device,
+            "processor": processor(self._ranks.device),
+            "lora_file": lora_file,
+        }
+        return Trail(Path(request.checkpoint), request.checkpoint_steps, stamp)
+
+    def _keeps(self, request: Run) -> bool:
+        """Whether the run has checkpoints: the same answer on all ranks."""
+        return bool(request.checkpoint and request.checkpoint_steps and self._facts is not None)
+
+    def _start(self, request: Run, first: torch.Tensor, trail: Trail | None, emit: Emit) -> Start:
+        """Where to begin: at the first latents, or where the first rank's checkpoint says."""
+        if not self._keeps(request):
+            return Start(0, first)
+        found = trail.resume(tuple(first.shape)) if trail else None
+        step = torch.tensor([found.step if found else 0])
+        self._ranks.share([step])
+        if not step:
+            return Start(0, first)
+        latents = torch.from_numpy(found.latents).to(first) if found else torch.empty_like(first)
+        self._ranks.share([latents])
+        emit(Resumed(job_id=request.job_id, step=int(step)))
+        logger.info("job %s: goes on after step %d", request.job_id, int(step))
+        return Start(int(step), latents)
+
     def _denoise(
-        self,
-        request: Run,
-        text: TextEmbeddings,
-        first: torch.Tensor,
-        emit: Emit,
-        cancelled: Callable[[], bool],
+        self, request: Run, text: TextEmbeddings, start: Start, watcher: StepWatcher
     ) -> torch.Tensor:
-        """All steps, from the first latents to the last, same shape."""
-        watcher = StepWatcher(request, first, emit, cancelled, self._synchronize, self._colours)
-        with self._pipe.scheduler.planned(SCHEDULES[request.schedule]):
-            latents = self._steps(request, text, first, watcher)
+        """All steps from `start` on, to the last latents, same shape."""
+        try:
+            with self._pipe.scheduler.planned(SCHEDULES[request.schedule], start.step):
+                latents = self._steps(request, text, start.latents, watcher)
+        finally:
+            watcher.settle()
         if not torch.isfinite(latents).all():
             raise NotFinite("the model yielded numbers that are not finite")
         return latents
 
     def _steps(
-        self, request: Run, text: TextEmbeddings, first: torch.Tensor, watcher: StepWatcher
+        self, request: Run, text: TextEmbeddings, begin: torch.Tensor, watcher: StepWatcher
     ) -> torch.Tensor:
         """The pipeline's own loop, from latents to latents."""
         latents: torch.Tensor = self._pipe(
@@ -356,7 +419,7 @@ class Engine:
             num_frames=request.num_frames,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
-            latents=first,
+            latents=begin,
             prompt_embeds=text.prompt_embeds,
             prompt_attention_mask=text.prompt_attention_mask,
             negative_prompt_embeds=text.negative_prompt_embeds,
@@ -416,81 +479,87 @@ class Engine:
         self._pipe._current_timestep = None
 
 
+@dataclass(frozen=True, slots=True)
+class Contact:
+    """A run's way to the outside: what it says, whether it is to stop, when its work is done."""
+
+    emit: Emit
+    cancelled: Callable[[], bool]
+    synchronize: Callable[[], None]
+
+
 class StageClock:
     """Announces stages, measures them in seconds, and stops the run between them if asked."""
 
-    def __init__(
-        self,
-        job_id: str,
-        emit: Emit,
-        cancelled: Callable[[], bool],
-        synchronize: Callable[[], None],
-    ) -> None:
+    def __init__(self, job_id: str, contact: Contact) -> None:
         self.seconds: dict[str, float] = {}
         self._job_id = job_id
-        self._emit = emit
-        self._cancelled = cancelled
-        self._synchronize = synchronize
+        self._contact = contact
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """One stage, from its announcement to the end of its work on the device."""
-        stop_if(self._cancelled)
-        self._emit(Stage(job_id=self._job_id, stage=name))
+        stop_if(self._contact.cancelled)
+        self._contact.emit(Stage(job_id=self._job_id, stage=name))
         started = time.perf_counter()
         yield
-        self._synchronize()
+        self._contact.synchronize()
         self.seconds[name] = time.perf_counter() - started
 
 
 class StepWatcher:
-    """The pipeline's step callback: reports progress, shows pictures, stops the run if asked."""
+    """The pipeline's step callback: reports progress, shows pictures, leaves checkpoints, stops the
+    run if asked."""
 
     def __init__(
         self,
         request: Run,
-        first: torch.Tensor,
-        emit: Emit,
-        cancelled: Callable[[], bool],
-        synchronize: Callable[[], None],
+        start: Start,
+        contact: Contact,
         colours: LatentColours | None,
+        trail: Trail | None,
     ) -> None:
         self._request = request
-        self._emit = emit
-        self._cancelled = cancelled
-        self._synchronize = synchronize
+        self._done = start.step
+        self._contact = contact
         self._colours = colours
-        self._before = middle(first)
+        self._trail = trail
+        self._before = middle(start.latents)
         self._shown_at = -PICTURE_SECONDS
         self._started = time.perf_counter()
 
     def __call__(
         self, pipe: MochiPipeline, index: int, timestep: torch.Tensor, tensors: dict[str, Any]
     ) -> dict[str, Any]:
-        """After step `index` (from 0)."""
-        self._synchronize()
+        """After step `index` of those that this run does, from 0."""
+        self._contact.synchronize()
         now = time.perf_counter()
-        job_id, step = self._request.job_id, index + 1
-        self._emit(
-            Step(
-                job_id=job_id,
-                step=step,
-                steps=self._request.num_inference_steps,
-                seconds=now - self._started,
-            )
+        step, steps = self._done + index + 1, self._request.num_inference_steps
+        self.settle()
+        self._contact.emit(
+            Step(job_id=self._request.job_id, step=step, steps=steps, seconds=now - self._started)
         )
+        if self._trail is not None and self._trail.due(step) and step < steps:
+            self._trail.keep(step, tensors["latents"].detach().float().cpu().clone().numpy())
         if self._colours is not None:
             after = middle(tensors["latents"])
             if now - self._shown_at >= PICTURE_SECONDS:
                 self._shown_at = now
                 sigmas = pipe.scheduler.sigmas[index : index + 2]
-                clean = forecast(self._before, after, sigmas)
-                image = self._colours.picture(clean, self._request.height, self._request.width)
-                self._emit(Latent(job_id=job_id, step=step, image=image))
+                self._show(step, forecast(self._before, after, sigmas), self._colours)
             self._before = after
-        stop_if(self._cancelled)
+        stop_if(self._contact.cancelled)
         self._started = time.perf_counter()
         return tensors
+
+    def _show(self, step: int, clean: torch.Tensor, colours: LatentColours) -> None:
+        image = colours.picture(clean, self._request.height, self._request.width)
+        self._contact.emit(Latent(job_id=self._request.job_id, step=step, image=image))
+
+    def settle(self) -> None:
+        """Have the last checkpoint on the disk."""
+        if self._trail is not None:
+            self._trail.settle()
 
 
 @dataclass(frozen=True, slots=True)
@@ -534,6 +603,20 @@ class LatentColours:
         file = io.BytesIO()
         image.save(file, format="WEBP", quality=70, method=0)
         return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def precision_facts(precision: Precision) -> dict[str, str]:
+    """The types of the parts, as a stamp has them."""
+    return {
+        f"{item.name} type": name_of(getattr(precision, item.name)) for item in fields(precision)
+    }
+
+
+def processor(device: torch.device) -> list[Any]:
+    """What the result of a CPU's arithmetic depends on: its vector unit, the number of threads."""
+    if device.type != "cpu":
+        return []
+    return [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
 
 
 def middle(latents: torch.Tensor) -> torch.Tensor:

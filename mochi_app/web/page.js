@@ -350,6 +350,7 @@
       ["Length", `${job.num_frames} frames, ${duration(job.num_frames / job.fps)}`],
     ];
     if (job.status === "COMPLETED" && took > 0) list.push(["Took", duration(took)]);
+    if (job.resumed_step > 0) list.push(["Resumed", `after step ${job.resumed_step}`]);
     if (job.schedule !== "linear_quadratic") list.push(["Schedule", job.schedule]);
     if (job.lora) list.push(["LoRA", `${job.lora} × ${job.lora_scale}`]);
     if (job.negative_prompt) list.push(["Without", job.negative_prompt]);

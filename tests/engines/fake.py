@@ -5,6 +5,8 @@ The behaviour says how it loads; the prompt says how a job goes:
     "hang"         never ends, heartbeat goes on   "poison"  raises a CUDA error
     "kill"         SIGKILL to itself at step 2     "stop"    SIGSTOP to itself at step 2
     "kill once F"  as "kill", unless the file F exists, which it makes
+    "kill at N"    SIGKILL to itself in step N, 0.01 s a step
+    "kill on N"    SIGKILL to itself in the N-th step that it does, if there are as many; likewise
     "no frames"    what cannot be encoded
     "refuse"       raises on all ranks alike       "memory"  raises what torch does
     "late"         says that it is done, in the epoch before
@@ -24,7 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from mochi_app.engine import rank
-from mochi_app.engine.messages import Configure, Done, Message, Run, Stage, Step, encode
+from mochi_app.engine.checkpoint import Trail, of_request
+from mochi_app.engine.messages import Configure, Done, Message, Resumed, Run, Stage, Step, encode
 
 Emit = Callable[[Message], None]
 
@@ -49,15 +52,23 @@ class FakeEngine:
 
     def run(self, request: Run, emit: Emit, cancelled: Callable[[], bool]) -> FakeResult | None:
         emit(Stage(job_id=request.job_id, stage="denoise"))
-        pause = 0.05 if request.prompt.startswith("slow") else 0.002
+        pause = pause_of(request.prompt)
         began = time.perf_counter()
-        for step in range(1, request.num_inference_steps + 1):
+        trail = trail_of(request)
+        kept = trail.resume((1,)) if trail else None
+        first = kept.step if kept else 0
+        if first:
+            emit(Resumed(job_id=request.job_id, step=first))
+        for step in range(first + 1, request.num_inference_steps + 1):
             if cancelled():
                 return None
             if step == 2:
                 misbehave(request.prompt)
                 babble(request, self.epoch)
+            kill_at(request.prompt, step, step - first)
             time.sleep(pause)
+            if trail:
+                trail.settle()
             emit(
                 Step(
                     job_id=request.job_id,
@@ -66,6 +77,8 @@ class FakeEngine:
                     seconds=pause,
                 )
             )
+            if trail and trail.due(step) and step < request.num_inference_steps:
+                trail.keep(step, np.array([step], np.float32))
         emit(Stage(job_id=request.job_id, stage="decode"))
         shape = (request.num_frames, request.height, request.width, 3)
         frames = np.random.default_rng(request.seed).integers(0, 255, shape, dtype=np.uint8)
@@ -77,6 +90,31 @@ class FakeEngine:
             hashlib.sha256(str(request.seed).encode()).hexdigest(),
             hashlib.sha256(frames.tobytes()).hexdigest(),
         )
+
+
+def trail_of(request: Run) -> Trail | None:
+    """Real checkpoints of the faked run."""
+    if not request.checkpoint or not request.checkpoint_steps:
+        return None
+    return Trail(Path(request.checkpoint), request.checkpoint_steps, of_request(request))
+
+
+def pause_of(prompt: str) -> float:
+    """Seconds a step takes."""
+    match prompt.split():
+        case ["slow", *_]:
+            return 0.05
+        case ["kill", "at" | "on", _]:
+            return 0.01
+    return 0.002
+
+
+def kill_at(prompt: str, step: int, done: int) -> None:
+    match prompt.split():
+        case ["kill", "at", number] if step == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+        case ["kill", "on", number] if done == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Refusal(ValueError):
@@ -99,7 +137,7 @@ def misbehave(prompt: str) -> None:
             if not Path(flag).exists():
                 Path(flag).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-        case ["kill", *_]:
+        case ["kill"]:
             os.kill(os.getpid(), signal.SIGKILL)
         case ["stop", *_]:
             os.kill(os.getpid(), signal.SIGSTOP)
