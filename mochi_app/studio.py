@@ -19,6 +19,7 @@ from mochi_app import __version__, scheduling
 from mochi_app.engine import messages
 from mochi_app.engine.pool import Pool, SupervisedSlot
 from mochi_app.engine.slot import JobCancelled, JobFailed, Slot, SlotDied, SlotState
+from mochi_app.errors import without_folders
 from mochi_app.history import History, HistoryError, JobQuery
 from mochi_app.jobs import (
     Conflict,
@@ -560,6 +561,7 @@ class Studio:
         checkpoint_at = await asyncio.to_thread(self.media.checkpoint_time, job.id)
         advanced = checkpoint_at not in (0, job.checkpoint_at)
         before = [] if advanced else job.deaths
+        reason = without_folders(reason)
         where = f"at step {live.step} of {job.num_inference_steps}: {reason}"
         deaths = [*before, where[:MAX_REASON_CHARS]]
         if len(deaths) >= POISON_DEATHS:
