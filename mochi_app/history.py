@@ -4,6 +4,8 @@ The disk is the truth and the index follows it. One thread does all disk work; w
 batch after another, each batch one transaction, and the index changes on the event loop once the
 batch is on the disk, not before. Reads never leave memory. Not here: the videos (`media.py`), and
 what may happen to a job when (`studio.py`).
+
+`python -m mochi_app.history check | backup | restore`: see `recovery.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +40,7 @@ __all__ = ["History", "HistoryError", "HistoryLocked", "JobPage", "JobQuery", "R
 log = logging.getLogger(__name__)
 
 MAX_BATCH = 100  # writes in one transaction; bounds the time the event loop spends on them
+HEAL_SECONDS = 1.0  # between tries to write to a store that refused
 FIXED = ("id", "owner", "request_id", "parent_id", "prompt")  # told at submit, indexed once
 
 T = TypeVar("T")
@@ -83,8 +87,8 @@ class _Draft:
             self._requests[key] = self.rows[request_row(key)] = job_id
 
 
-Plan: TypeAlias = Callable[[_Draft], Job]
-Outcome: TypeAlias = Job | Exception
+Plan: TypeAlias = Callable[[_Draft], Job | None]
+Outcome: TypeAlias = Job | Exception | None
 Outcomes: TypeAlias = list[Outcome]
 
 
@@ -110,7 +114,9 @@ class History:
         self._waiting: list[_Write] = []
         self._writer: asyncio.Task[None] | None = None
         self._unsure: set[str] = set()  # jobs of a failed write, until they are read again
+        self._healer: asyncio.Task[None] | None = None
         self._closed = False
+        self.problem: str | None = None  # why the last write failed, until one succeeds
 
     @classmethod
     async def open(cls, data_dir: Path) -> History:
@@ -135,6 +141,8 @@ class History:
         if self._closed:
             return
         self._closed = True
+        if self._healer is not None:
+            self._healer.cancel()
         if self._writer is not None:
             await asyncio.shield(self._writer)
         await self._run(self._store.close, len(self._index))
@@ -209,7 +217,7 @@ class History:
                 raise Conflict(f"job {job.id} exists already")
             return draft.put(job)
 
-        return await self._write(plan)
+        return await self._write_job(plan)
 
     async def update(self, job_id: str, change: Callable[[Job], Job]) -> Job:
         """Replace a job by `change(job)`, given its newest state. `change` must not wait.
@@ -234,7 +242,7 @@ class History:
                 job.moved(changed.status)
             return draft.put(changed)
 
-        return await self._write(plan)
+        return await self._write_job(plan)
 
     async def remove(self, job_id: str) -> None:
         """Remove the record for good, and its request_id with it.
@@ -254,7 +262,12 @@ class History:
 
     # The one way to the disk
 
-    async def _write(self, plan: Plan) -> Job:
+    async def _write_job(self, plan: Callable[[_Draft], Job]) -> Job:
+        job = await self._write(plan)
+        assert job is not None
+        return job
+
+    async def _write(self, plan: Plan) -> Job | None:
         """Have `plan` made part of the next batch, and wait for it."""
         if self._closed:
             raise HistoryError("the history is closed: the server is shutting down")
@@ -289,12 +302,36 @@ class History:
                 await self._run(self._store.write, draft.rows)
                 self._unsure.clear()
                 self._follow(draft.jobs)
+                self._healed()
         except Exception as error:  # noqa: BLE001 - whatever it was, every caller must hear of it
             with contextlib.suppress(HistoryError):
                 await self._settle()
-            log.error("history: %s", error)
+            self._ail(str(error))
             return [error] * len(plans)
         return outcomes
+
+    def _ail(self, problem: str) -> None:
+        """Keep in mind why nothing can be written, and try until something can."""
+        if problem != self.problem:
+            log.error("history: %s", problem)
+        self.problem = problem
+        if self._healer is None or self._healer.done():
+            self._healer = asyncio.get_running_loop().create_task(self._heal(), name="healer")
+
+    def _healed(self) -> None:
+        if self.problem is not None:
+            log.info("history: it can be written to again")
+        self.problem = None
+
+    async def _heal(self) -> None:
+        while self.problem is not None:
+            await asyncio.sleep(HEAL_SECONDS)
+            if not self._waiting:  # else those are try enough
+                with contextlib.suppress(HistoryError):
+                    await self._write(self._touch)
+
+    def _touch(self, draft: _Draft) -> None:
+        draft.rows[META] = dict(self._store.meta)
 
     async def _settle(self) -> None:
         """After a failed write, let the index follow what the disk holds for its jobs."""
@@ -336,3 +373,9 @@ def planned(plan: Plan, draft: _Draft) -> Outcome:
         return plan(draft)
     except Exception as error:  # noqa: BLE001 - handed to the caller, who raises it
         return error
+
+
+if __name__ == "__main__":
+    from mochi_app.recovery import main
+
+    sys.exit(main())

@@ -1,9 +1,11 @@
 """The disk under the history: JSON rows in diskcache, checked at start, one server a data folder.
 
 Rows are JSON text under text keys: `job:<id>` is the record, `request:["<owner>","<request_id>"]`
-the id of the job that a request made, `meta` the identity of the store. `history/store.json` names
-the same identity, so that a lost, emptied or swapped database is noticed and never taken for an
-empty history. What the rows mean to the rest of the app is told in `history.py`.
+the id of the job that a request made, `meta` the identity of the store and the number of changes
+ever made to it. `history/store.json`, the sentinel, names the same identity and, behind each
+commit, the same number: a lost, emptied or swapped database is never taken for an empty history,
+and one that lacks its newest changes (its `cache.db-wal` was lost) is not taken for a whole one.
+Each row carries a checksum. What the rows mean to the rest of the app is told in `history.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ import gc
 import os
 import secrets
 import sqlite3
-from collections.abc import Iterator
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +35,26 @@ JOB, REQUEST, META = "job:", "request:", "meta"
 JOB_END = "job;"  # ";" comes after ":"
 BUSY_SECONDS = 5.0  # patience with another program that holds the database
 NO_LIMIT = 2**62
+LOCK_TRIES, LOCK_PAUSE_SECONDS = 3, 0.05
+SENTINEL_BYTES = 256  # of fixed length: overwritten in place, which takes no space
+CHECKPOINT_SECONDS = 60.0  # how much of the history a lost cache.db-wal can cost
 
 Record = dict[str, Any]
 Rows = dict[str, Record | str | None]  # None deletes
 
+RESTORE = "restore a backup of it: python -m mochi_app.history restore"
 ADVICE = {
     "full": "free some disk space",
+    "no space": "free some disk space",
     "disk i/o": "check the disk, its free space and the mount",
     "readonly": "make the folder and its files writable for this user",
+    "read-only": "make the folder and its files writable for this user",
+    "not permitted": "make the folder and its files writable for this user",
     "unable to open": "make the folder and its files readable and writable for this user",
     "locked": "close the other program that has the database open",
-    "malformed": "restore a backup of it",
-    "not a database": "restore a backup of it",
+    "malformed": RESTORE,
+    "not a database": RESTORE,
+    "utf-8": RESTORE,
 }
 
 
@@ -73,7 +86,7 @@ class RecordDisk(diskcache.Disk):  # type: ignore[misc]
     def get(self, key: Any, raw: Any) -> str:
         """The key as it was given to `put`."""
         if not raw or not isinstance(key, str):
-            raise HistoryError(f"history row {shown(key)} has no text key: {ADVICE['malformed']}")
+            raise HistoryError(f"history row {shown(key)} has no text key: {RESTORE}")
         return key
 
     def store(
@@ -94,14 +107,12 @@ class RecordDisk(diskcache.Disk):  # type: ignore[misc]
         if not plain or read:
             raise HistoryError(
                 f"history row of mode {shown(mode)} was not written by this app and was not "
-                f"read: {ADVICE['malformed']}"
+                f"read: {RESTORE}"
             )
         try:
             return orjson.loads(value)
         except orjson.JSONDecodeError as error:
-            raise HistoryError(
-                f"history row is no JSON ({error}): {ADVICE['malformed']}"
-            ) from error
+            raise HistoryError(f"history row is no JSON ({error}): {RESTORE}") from error
 
 
 def request_row(key: RequestKey) -> str:
@@ -117,7 +128,7 @@ def take_lock(path: Path) -> int:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock_soon(descriptor)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     except BlockingIOError:
@@ -128,6 +139,39 @@ def take_lock(path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def flock_soon(descriptor: int) -> None:
+    """Lock it; `locked_by` may hold it for a moment.
+
+    Raises:
+        BlockingIOError: somebody else holds it for longer.
+    """
+    for _ in range(LOCK_TRIES):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(LOCK_PAUSE_SECONDS)
+    raise BlockingIOError
+
+
+def locked_by(path: Path) -> str | None:
+    """The pid in a lock file that somebody holds (`"?"` when it tells none), None when nobody does.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "?"
+    finally:
+        os.close(descriptor)
+    return None
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -157,6 +201,170 @@ def garbage_collection_paused() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def explained(what: str, folder: Path, mend: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Turn errors of disk and database into `HistoryError`, after `mend`."""
+    try:
+        yield
+    except (sqlite3.Error, diskcache.Timeout, OSError) as error:
+        mend()
+        cause: BaseException = error
+        while isinstance(cause.__context__, sqlite3.Error | OSError):
+            cause = cause.__context__  # diskcache hides the first error behind its own
+        said = str(cause) or "database is locked"
+        advice = [do for found, do in ADVICE.items() if found in said.lower()]
+        raise HistoryError(
+            f"cannot {what} the history in {folder}: {said}; "
+            f"{advice[0] if advice else 'check the disk and the permissions of the folder'}"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Sentinel:
+    """What `store.json` says: identity, jobs at the last start or end, changes ever made."""
+
+    store: str | None = None
+    jobs: int | None = None
+    writes: int = 0
+
+    @classmethod
+    def read(cls, folder: Path) -> Sentinel | None:
+        """That of a history's folder: an empty one when it is damaged, None when there is none."""
+        try:
+            said = orjson.loads((folder / SENTINEL).read_bytes())
+            store, jobs, writes = said["store"], said.get("jobs"), said.get("writes", 0)
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return cls()
+        good = isinstance(store, str) and isinstance(jobs, int | None) and isinstance(writes, int)
+        return cls(store, jobs, writes) if good else cls()
+
+    def content(self) -> bytes:
+        """The file's content, always of one length."""
+        said = {"store": self.store, "jobs": self.jobs, "writes": self.writes}
+        return orjson.dumps(said).ljust(SENTINEL_BYTES) + b"\n"
+
+
+def checksum(key: str, value: str) -> int:
+    """Of a row, kept in its `tag`: SQLite itself does not notice a changed byte of a value."""
+    return zlib.crc32(value.encode(), zlib.crc32(key.encode()))
+
+
+def check_pages(database: sqlite3.Connection, path: Path) -> None:
+    """Whether the file's structure is sound.
+
+    Raises:
+        HistoryError: it is not; the message tells what SQLite found.
+    """
+    found = [" ".join(said.split()) for (said,) in database.execute("PRAGMA quick_check(5)")]
+    if found != ["ok"]:
+        raise HistoryError(f"{path} is damaged ({'; '.join(found)}): {RESTORE}")
+
+
+def check_counts(database: sqlite3.Connection, path: Path) -> None:
+    """Whether no row has gone missing from table or index, as a stale page would make it.
+
+    Raises:
+        HistoryError: one has.
+    """
+    ((kept, stored, indexed),) = database.execute(
+        "SELECT (SELECT value FROM Settings WHERE key = 'count'),"
+        " (SELECT count(*) FROM Cache NOT INDEXED),"
+        " (SELECT count(*) FROM Cache INDEXED BY Cache_key_raw)"
+    )
+    if not kept == stored == indexed:
+        raise HistoryError(
+            f"{path} is damaged ({stored} rows and {indexed} in its index, {kept} were written):"
+            f" {RESTORE}"
+        )
+
+
+def has_tables(database: sqlite3.Connection) -> bool:
+    """Whether this is a history, or nothing yet."""
+    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+    return {"Cache", "Settings"} <= tables
+
+
+def read_rows(
+    database: sqlite3.Connection, folder: Path, which: str, *keys: str
+) -> Iterator[tuple[str, Any]]:
+    """Keys and values of the rows that the SQL condition `which` selects, by key.
+
+    Raises:
+        HistoryError: a row is not as it was written.
+    """
+    disk = RecordDisk(str(folder))
+    select = f"SELECT key, raw, mode, filename, value, tag FROM Cache WHERE {which} ORDER BY key"
+    for key, raw, mode, filename, value, tag in database.execute(select, keys):
+        name, content = disk.get(key, raw), disk.fetch(mode, filename, value, False)
+        if tag is not None and tag != checksum(name, value):
+            raise HistoryError(f"history row {shown(key)} was changed on the disk: {RESTORE}")
+        yield name, content
+
+
+def read_meta(database: sqlite3.Connection, folder: Path) -> Record:
+    """Identity of the store and its count of changes; {} when it has none.
+
+    Raises:
+        HistoryError: the row is not as it was written.
+    """
+    meta = dict(read_rows(database, folder, "key = ?", META)).get(META)
+    return meta if isinstance(meta, dict) and isinstance(meta.get("store"), str) else {}
+
+
+def read_jobs(database: sqlite3.Connection, folder: Path) -> JobIndex:
+    """Every job of the store.
+
+    Raises:
+        HistoryError: one cannot be read, or some are missing.
+    """
+    check_counts(database, folder / DATABASE)
+    rows = read_rows(database, folder, "key >= ? AND key < ?", JOB, JOB_END)
+    with garbage_collection_paused():
+        return JobIndex(read_job(key, record) for key, record in rows)
+
+
+def read_job(key: str, record: Any) -> Job:
+    """The job of one row.
+
+    Raises:
+        HistoryError: it is none, or of a later version.
+    """
+    try:
+        if not isinstance(record, dict) or JOB + str(record.get("id")) != key:
+            raise ValueError("it is no record of that job")
+        return Job.from_record(record)
+    except ValueError as error:
+        raise HistoryError(
+            f"history row {shown(key)} cannot be read: {error}; use the version that wrote "
+            f"it, or {RESTORE}"
+        ) from error
+
+
+def check_whole(meta: Record, sentinel: Sentinel | None, path: Path) -> None:
+    """Whether a database with this `meta` is the folder's own, with all of its changes.
+
+    Raises:
+        HistoryError: it is missing, empty, another one, or lacks its newest changes.
+    """
+    if sentinel is None:
+        return
+    if not meta or sentinel.store not in (None, meta["store"]):
+        jobs = "some" if sentinel.jobs is None else sentinel.jobs
+        raise HistoryError(
+            f"{path} is missing, empty, or not the history that was here (of {jobs} jobs):"
+            f" {RESTORE}; or move {path.parent} away to begin an empty history"
+        )
+    lacking = sentinel.writes - meta.get("writes", 0)
+    if lacking > 0:
+        raise HistoryError(
+            f"{path} lacks the newest {lacking} changes: its {path.name}-wal is lost or damaged;"
+            f" put that file back, or keep what is left and the newest backup's, whichever has"
+            f" more: python -m mochi_app.history restore"
+        )
+
+
 class RecordStore:
     """The database of one data folder, and its lock. Every method blocks; one thread uses it."""
 
@@ -165,6 +373,9 @@ class RecordStore:
         self._folder = data_dir / "history"
         self._lock: int | None = None
         self._cache: Any = None
+        self._sentinel: int | None = None  # open descriptor of store.json
+        self._jobs = 0  # at the last start or end
+        self._checkpointed_at = 0.0
         self.meta: Record = {}
 
     def open(self) -> JobIndex:
@@ -191,8 +402,9 @@ class RecordStore:
                     sqlite_synchronous=2,  # FULL: a commit is on the disk, power loss or not
                     sqlite_mmap_size=0,  # an unreadable page is an error, not a SIGBUS
                 )
+                self._jobs = len(index)
                 self.write({META: self.meta})
-                self._write_sentinel(len(index))
+                self._begin_sentinel()
                 return index
         except BaseException:
             self._release()
@@ -201,8 +413,8 @@ class RecordStore:
     def close(self, jobs: int | None = None) -> None:
         """Close the database and give the lock back. `jobs` is how many records there are."""
         if self._cache is not None and jobs is not None:
-            with contextlib.suppress(OSError):
-                self._write_sentinel(jobs)
+            self._jobs = jobs
+            self._follow()
         self._release()
 
     def write(self, rows: Rows) -> None:
@@ -211,35 +423,59 @@ class RecordStore:
         Raises:
             HistoryError: none was written, as far as the disk tells (see `read`).
         """
+        changes = sum(key.startswith(JOB) for key in rows)
+        meta = {**self.meta, **self._meta_of(rows)}
+        meta["writes"] = self.meta.get("writes", 0) + changes
         with self._explained("write to"), self._cache.transact(retry=False):
-            for key, value in rows.items():
+            for key, value in (rows | {META: meta}).items():
                 if value is None:
                     self._cache.delete(key, retry=False)
                 else:
-                    self._cache.set(key, value, retry=False)
+                    text = orjson.dumps(value).decode()
+                    self._cache.set(key, value, retry=False, tag=checksum(key, text))
+        self.meta = meta
+        self._follow()
+        self._checkpoint()
+
+    @staticmethod
+    def _meta_of(rows: Rows) -> Record:
+        meta = rows.get(META)
+        return meta if isinstance(meta, dict) else {}
 
     def read(self, job_ids: list[str]) -> dict[str, Job | None]:
         """What the disk holds for these ids."""
         with self._explained("read"):
+            self.meta = self._cache.get(META, retry=False) or self.meta
             records = {job_id: self._cache.get(JOB + job_id, retry=False) for job_id in job_ids}
             return {key: record and Job.from_record(record) for key, record in records.items()}
 
-    @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
+    def _explained(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Turn errors of disk and database into `HistoryError`, with the connection usable."""
-        try:
-            yield
-        except (sqlite3.Error, diskcache.Timeout, OSError) as error:
-            self._reset()
-            cause: BaseException = error
-            while isinstance(cause.__context__, sqlite3.Error | OSError):
-                cause = cause.__context__  # diskcache hides the first error behind its own
-            said = str(cause) or "database is locked"
-            advice = [do for found, do in ADVICE.items() if found in said.lower()]
-            raise HistoryError(
-                f"cannot {what} the history in {self._folder}: {said}; "
-                f"{advice[0] if advice else 'check the disk and the permissions of the folder'}"
-            ) from error
+        return explained(what, self._folder, self._reset)
+
+    def _begin_sentinel(self) -> None:
+        path = self._folder / SENTINEL
+        replace_file(path, self._said().content())
+        self._sentinel = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+
+    def _said(self) -> Sentinel:
+        return Sentinel(self.meta["store"], self._jobs, self.meta.get("writes", 0))
+
+    def _follow(self) -> None:
+        """Let the sentinel say what has been committed: after the commit, so that it is never
+        ahead of the database. It is not flushed: it outlives the process, and after a power loss
+        it lags behind a little, which is no false alarm. A failure has the same effect."""
+        if self._sentinel is not None:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._sentinel, self._said().content(), 0)
+
+    def _checkpoint(self) -> None:
+        """Now and then, move what was committed from cache.db-wal into cache.db."""
+        if time.monotonic() - self._checkpointed_at < CHECKPOINT_SECONDS:
+            return
+        self._checkpointed_at = time.monotonic()
+        with contextlib.suppress(sqlite3.Error):  # it is safe where it is
+            self._cache._sql("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def _reset(self) -> None:
         """Leave a failed transaction: a new connection if the present one is stuck in it."""
@@ -257,6 +493,11 @@ class RecordStore:
             with contextlib.suppress(sqlite3.Error):
                 self._cache.close()
             self._cache = None
+        if self._sentinel is not None:
+            with contextlib.suppress(OSError):
+                os.fsync(self._sentinel)
+            os.close(self._sentinel)
+            self._sentinel = None
         if self._lock is not None:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._lock, 0)
@@ -266,78 +507,27 @@ class RecordStore:
     def _load(self) -> JobIndex:
         """Check the database before diskcache opens it, then read every job."""
         path = self._folder / DATABASE
+        sentinel = Sentinel.read(self._folder)
         if not path.exists():
-            self._identify({})
-            return JobIndex()
+            check_whole({}, sentinel, path)
+            return self._begin()
         uri = f"{path.resolve().as_uri()}?mode=rw"
         with contextlib.closing(
             sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
         ) as database:
-            self._check(database)
-            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
-            if not {"Cache", "Settings"} <= tables:
-                self._identify({})
-                return JobIndex()
-            self._identify(dict(self._rows(database, "key = ?", META)).get(META) or {})
-            jobs = self._rows(database, "key >= ? AND key < ?", JOB, JOB_END)
-            with garbage_collection_paused():
-                index = JobIndex(self._job(key, record) for key, record in jobs)
+            check_pages(database, path)
+            database.execute("BEGIN IMMEDIATE")  # read-only, or held by another: say so now
+            database.execute("ROLLBACK")
+            meta = read_meta(database, self._folder) if has_tables(database) else {}
+            check_whole(meta, sentinel, path)
+            if not has_tables(database):
+                return self._begin()
+            index = read_jobs(database, self._folder)
+        self._begin(meta)
         index.last_id = max(index.last_id or "", self.meta.get("last_id") or "") or None
         return index
 
-    def _check(self, database: sqlite3.Connection) -> None:
-        """Whether the file is sound and can be written."""
-        found = [" ".join(said.split()) for (said,) in database.execute("PRAGMA quick_check(5)")]
-        if found != ["ok"]:
-            raise HistoryError(
-                f"{self._folder / DATABASE} is damaged ({'; '.join(found)}): {ADVICE['malformed']}"
-            )
-        database.execute("BEGIN IMMEDIATE")  # read-only, or held by another program: say so now
-        database.execute("ROLLBACK")
-
-    def _rows(
-        self, database: sqlite3.Connection, which: str, *keys: str
-    ) -> Iterator[tuple[str, Any]]:
-        """Keys and values of the rows that the SQL condition `which` selects, by key."""
-        disk = RecordDisk(str(self._folder))
-        select = f"SELECT key, raw, mode, filename, value FROM Cache WHERE {which} ORDER BY key"
-        for key, raw, mode, filename, value in database.execute(select, keys):
-            yield disk.get(key, raw), disk.fetch(mode, filename, value, False)
-
-    def _identify(self, meta: Record) -> None:
-        """Refuse a database that is not the one this folder had; name a new one."""
-        sentinel = self._read_sentinel()
-        if sentinel is not None and (
-            not meta or sentinel.get("store") not in (None, meta["store"])
-        ):
-            raise HistoryError(
-                f"{self._folder / DATABASE} is missing, empty, or not the history that was here "
-                f"(of {sentinel.get('jobs', 'some')} jobs): restore a backup of it, or move "
-                f"{self._folder} away to begin an empty history"
-            )
-        self.meta = meta or {"store": secrets.token_hex(16), "last_id": None}
-
-    def _read_sentinel(self) -> Record | None:
-        """What store.json says; {} when it is damaged, None when it is not there."""
-        try:
-            said = orjson.loads((self._folder / SENTINEL).read_bytes())
-        except FileNotFoundError:
-            return None
-        except orjson.JSONDecodeError:
-            return {}
-        return said if isinstance(said, dict) else {}
-
-    def _job(self, key: str, record: Any) -> Job:
-        try:
-            if not isinstance(record, dict) or JOB + str(record.get("id")) != key:
-                raise ValueError("it is no record of that job")
-            return Job.from_record(record)
-        except ValueError as error:
-            raise HistoryError(
-                f"history row {shown(key)} cannot be read: {error}; use the version that wrote "
-                f"it, or restore a backup"
-            ) from error
-
-    def _write_sentinel(self, jobs: int) -> None:
-        content = orjson.dumps({"store": self.meta["store"], "jobs": jobs})
-        replace_file(self._folder / SENTINEL, content)
+    def _begin(self, meta: Record | None = None) -> JobIndex:
+        """Take over the identity of the store, or make one for a new store."""
+        self.meta = meta or {"store": secrets.token_hex(16), "last_id": None, "writes": 0}
+        return JobIndex()

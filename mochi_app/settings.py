@@ -163,6 +163,15 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Hours a deleted job can be restored before its files are removed for good.",
     )
+    backup_hours: float = Field(
+        default=24,
+        ge=0,
+        allow_inf_nan=False,
+        description="Hours between backups of the history, made as the server runs; 0 is none.",
+    )
+    backups_kept: int = Field(
+        default=7, ge=1, description="Backups of the history that are kept; older ones go."
+    )
     dtype: str = Field(
         default="auto",
         pattern="^(auto|float32|bfloat16)$",

@@ -11,11 +11,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
 from mochi_app import __version__, scheduling
+from mochi_app.backups import Backups
 from mochi_app.engine import messages
 from mochi_app.engine.pool import Pool, SupervisedSlot
 from mochi_app.engine.slot import JobCancelled, JobFailed, Slot, SlotDied, SlotState
@@ -81,6 +82,9 @@ class Studio:
         self.pool = pool
         self.changed = Pulse()
         self.stopping = False
+        self.backups = Backups(
+            settings.data_dir, hours=settings.backup_hours, kept=settings.backups_kept
+        )
         self.live = LiveJobs(history, pool, lambda: self.waiting)
         self.shelf = Shelf(history, media, self.changed, int(settings.quota_gib * 2**30))
         self.metrics = Metrics(history, media, self.shelf, pool)
@@ -100,6 +104,7 @@ class Studio:
         await self._recover()
         self._learn_speeds()
         self._janitor = asyncio.create_task(self._keep_house(), name="janitor")
+        self.backups.start()
         self.pool.start()
 
     def begin_stop(self) -> None:
@@ -113,19 +118,27 @@ class Studio:
         if self._janitor is not None:
             self._janitor.cancel()
             await asyncio.gather(self._janitor, return_exceptions=True)
+        await self.backups.stop()
         await self.pool.stop(self.settings.drain_seconds)
 
     async def _recover(self) -> None:
         """Adopt finished files, requeue interrupted jobs, remove what a cancel left behind."""
         for job in self.history.with_status(JobStatus.CREATED):
             await self.history.update(job.id, lambda job: job.moved(JobStatus.PENDING))
+        for job_id in self.media.job_ids():  # made since, when the record is an older copy's
+            found = self.history.get(job_id)
+            if found is not None and found.status is JobStatus.PENDING:
+                await self.history.update(job_id, lambda job: job.moved(JobStatus.PROCESSING))
         await self._mend_ownerless()
         going_on = {job.id for job in self.history.with_status(JobStatus.PENDING)}
         await asyncio.to_thread(self.media.sweep_checkpoints, going_on)
         for job_id in self.media.job_ids():
             found = self.history.get(job_id)
             if found is None:
-                log.warning("video of job %s has no record; left in place", job_id)
+                log.warning(
+                    "video of job %s has no record; left in place, to be adopted by"
+                    " python -m mochi_app.history restore", job_id,
+                )  # fmt: skip
             elif found.status is not JobStatus.COMPLETED:
                 await asyncio.to_thread(self.media.remove, job_id)
             elif found.deleted_at is not None:
@@ -507,7 +520,7 @@ class Studio:
                 self.media.finalise, job.id, slot.index, done.video, done.poster
             )
         except JobCancelled:
-            await self.history.update(job.id, cancelled)
+            await self._record(job.id, cancelled)
             return True
         except JobFailed as error:
             await self._fail(job, str(error))
@@ -520,7 +533,7 @@ class Studio:
             log.exception("job %s: its video could not be kept", job.id)
             await self._fail(job, f"the video could not be kept: {reason_of(error)}")
             return True
-        job = await self.history.update(
+        job = await self._record(
             job.id,
             lambda job: job.moved(
                 JobStatus.COMPLETED,
@@ -539,9 +552,19 @@ class Studio:
             self._housework.set()
         return True
 
+    async def _record(self, job_id: str, change: Callable[[Job], Job]) -> Job:
+        """Write what became of a run, as soon as the store takes it: its work is done only once."""
+        while True:
+            try:
+                return await self.history.update(job_id, change)
+            except HistoryError:
+                if self.stopping:  # the next start finds the video, or queues the job again
+                    raise
+            await asyncio.sleep(STORE_PAUSE_SECONDS)
+
     async def _fail(self, job: Job, error: str) -> None:
         log.warning("job %s failed: %s", job.id, error)
-        await self.history.update(
+        await self._record(
             job.id,
             lambda job: job.moved(
                 JobStatus.FAILED, completed_processing_at=time.time(), error=error
@@ -556,7 +579,7 @@ class Studio:
         """
         if live.blameless:
             log.warning("job %s: %s; queued again, the attempt does not count", job.id, reason)
-            await self.history.update(job.id, interrupted)
+            await self._record(job.id, interrupted)
             return
         checkpoint_at = await asyncio.to_thread(self.media.checkpoint_time, job.id)
         advanced = checkpoint_at not in (0, job.checkpoint_at)
@@ -572,7 +595,7 @@ class Studio:
         else:
             log.warning("job %s: %s; queued again", job.id, where)
             died = {"deaths": deaths, "checkpoint_at": checkpoint_at}
-            await self.history.update(
+            await self._record(
                 job.id, lambda job: job.moved(JobStatus.PENDING, error=reason, **died)
             )
 
@@ -668,8 +691,11 @@ class Studio:
             reasons.append("the server is stopping")
         if not self.pool.ready_or_busy:
             reasons.append("no slot is ready")
+        if self.history.problem is not None:
+            reasons.append(self.history.problem)
+        warnings = [self.backups.problem] if self.backups.problem is not None else []
         slots = [slot.describe() for slot in self.pool.slots]
-        return {"ok": not reasons, "reasons": reasons, "slots": slots}
+        return {"ok": not reasons, "reasons": reasons, "warnings": warnings, "slots": slots}
 
 
 def reason_of(error: Exception) -> str:

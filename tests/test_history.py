@@ -546,21 +546,25 @@ class TestDamage:
 
     async def test_a_record_that_cannot_be_read(self, opened: Open, full: Path) -> None:
         with by_hand(full) as rows:
-            rows.execute("UPDATE Cache SET value='{\"schema\":99}' WHERE key LIKE 'job:%'")
+            rows.execute(
+                "UPDATE Cache SET tag=NULL, value='{\"schema\":99}' WHERE key LIKE 'job:%'"
+            )
         await refused(opened, "cannot be read: it is no record of that job")
 
     async def test_a_record_of_a_later_version(self, opened: Open, full: Path) -> None:
         with by_hand(full) as rows:
             rows.execute(
-                "UPDATE Cache SET value=json_set(value, '$.schema', 99) WHERE key LIKE 'job:%'"
+                "UPDATE Cache SET tag=NULL, value=json_set(value, '$.schema', 99)"
+                " WHERE key LIKE 'job:%'"
             )
         await refused(opened, "schema 99")
 
     async def test_a_record_of_an_earlier_version(self, opened: Open, full: Path) -> None:
         with by_hand(full) as rows:
             rows.execute(
-                "UPDATE Cache SET value=json_remove(value, '$.schema', '$.note', '$.options') "
-                "WHERE key LIKE 'job:%'"
+                "UPDATE Cache SET tag=NULL,"
+                " value=json_remove(value, '$.schema', '$.note', '$.options')"
+                " WHERE key LIKE 'job:%'"
             )
         history = await opened()
         assert history.get(job_id(1)) == make(1)

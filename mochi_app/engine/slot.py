@@ -273,10 +273,13 @@ class Slot:
         self._set_deadline("step", self._patience.step, f"{what} showed no progress")
 
     async def _watch(self) -> None:
-        """Kill the slot when a deadline passes."""
+        """Kill the slot when a deadline passes, on a clock that stands while this process does."""
+        now = time.monotonic()
         while True:
+            due = now + WATCH_INTERVAL
             await asyncio.sleep(WATCH_INTERVAL)
             now = time.monotonic()
+            self._forgive(now, max(0.0, now - due))
             silence = self._settings.heartbeat_timeout
             for rank in self._ranks:
                 if now - rank.heard_at > silence:
@@ -289,6 +292,14 @@ class Slot:
                 if now > deadline.at:
                     self._die(deadline.reason)
                     return
+
+    def _forgive(self, now: float, late: float) -> None:
+        """Move the deadlines on by the seconds in which this process itself was held up (stopped,
+        suspended, or starved): what its ranks said meanwhile was not heard, or not said."""
+        for rank in self._ranks:
+            rank.heard_at = min(now, rank.heard_at + late)
+        for name, deadline in self._deadlines.items():
+            self._deadlines[name] = replace(deadline, at=deadline.at + late)
 
     # Messages
 
