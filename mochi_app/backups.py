@@ -141,7 +141,7 @@ def make_backup(data_dir: Path, called_off: Callable[[], bool] = lambda: False) 
     folder, history = data_dir / FOLDER, data_dir / "history"
     temporary = folder / TEMPORARY
     try:
-        with explained("back up", history):
+        with explained(f"back up the history in {history}"):
             if not (history / DATABASE).exists():
                 raise HistoryError(f"{history / DATABASE}: there is no history to back up")
             folder.mkdir(exist_ok=True)
@@ -236,10 +236,11 @@ class Backups:
                 await asyncio.gather(making, return_exceptions=True)
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it was, it is tried again
-                problem = f"no backup was made: {error or type(error).__name__}"
-                if problem != self.problem:
+                problem = f"no backup was made: {str(error) or type(error).__name__}"
+                told = problem.replace(f"{self._data_dir}/", "")  # /healthz keeps folders to itself
+                if told != self.problem:
                     log.warning("%s", problem)
-                self.problem = problem
+                self.problem = told
             await asyncio.sleep(RETRY_SECONDS if self.problem else LOOK_SECONDS)
 
     def _make_due(self) -> None:

@@ -202,8 +202,9 @@ def garbage_collection_paused() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(what: str, folder: Path, mend: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Turn errors of disk and database into `HistoryError`, after `mend`."""
+def explained(what: str, mend: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Turn errors of disk and database into `HistoryError`, after `mend`: what could not be done,
+    what the disk said, what to do."""
     try:
         yield
     except (sqlite3.Error, diskcache.Timeout, OSError) as error:
@@ -214,7 +215,7 @@ def explained(what: str, folder: Path, mend: Callable[[], None] = lambda: None) 
         said = str(cause) or "database is locked"
         advice = [do for found, do in ADVICE.items() if found in said.lower()]
         raise HistoryError(
-            f"cannot {what} the history in {folder}: {said}; "
+            f"cannot {what}: {said}; "
             f"{advice[0] if advice else 'check the disk and the permissions of the folder'}"
         ) from error
 
@@ -385,7 +386,7 @@ class RecordStore:
             HistoryLocked, HistoryError: the store cannot be used, and was left as it is.
         """
         try:
-            with self._explained("open"):
+            with self._explained(f"open the history in {self._folder}"):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._lock = take_lock(self._data_dir / LOCK_NAME)
                 index = self._load()
@@ -426,7 +427,7 @@ class RecordStore:
         changes = sum(key.startswith(JOB) for key in rows)
         meta = {**self.meta, **self._meta_of(rows)}
         meta["writes"] = self.meta.get("writes", 0) + changes
-        with self._explained("write to"), self._cache.transact(retry=False):
+        with self._explained("write to the history"), self._cache.transact(retry=False):
             for key, value in (rows | {META: meta}).items():
                 if value is None:
                     self._cache.delete(key, retry=False)
@@ -444,14 +445,14 @@ class RecordStore:
 
     def read(self, job_ids: list[str]) -> dict[str, Job | None]:
         """What the disk holds for these ids."""
-        with self._explained("read"):
+        with self._explained("read the history"):
             self.meta = self._cache.get(META, retry=False) or self.meta
             records = {job_id: self._cache.get(JOB + job_id, retry=False) for job_id in job_ids}
             return {key: record and Job.from_record(record) for key, record in records.items()}
 
     def _explained(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Turn errors of disk and database into `HistoryError`, with the connection usable."""
-        return explained(what, self._folder, self._reset)
+        return explained(what, self._reset)
 
     def _begin_sentinel(self) -> None:
         path = self._folder / SENTINEL

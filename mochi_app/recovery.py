@@ -92,7 +92,7 @@ def look(history: Path, sentinel: Sentinel | None) -> tuple[Record, JobIndex]:
         HistoryError: it is not.
     """
     path = history / DATABASE
-    with explained("read", history):
+    with explained(f"read the history in {history}"):
         if not path.exists():
             check_whole({}, sentinel, path)
             raise HistoryError(f"{path}: there is no history yet")
@@ -109,7 +109,7 @@ def look_at_backup(path: Path) -> JobIndex:
     Raises:
         HistoryError: it is not.
     """
-    with explained("read", path), reading(path) as database:
+    with explained(f"read {path}"), reading(path) as database:
         check_pages(database, path)
         if not has_tables(database) or not read_meta(database, path.parent):
             raise HistoryError(f"{path} is no backup of a history")
@@ -202,7 +202,7 @@ def restore(data_dir: Path, chosen: Path | None = None) -> Restored:
     if not data_dir.is_dir():
         raise HistoryError(f"{data_dir}: there is no such data folder")
     history, work = data_dir / "history", data_dir / FOLDER / WORK
-    with explained("restore", history), locked(data_dir):
+    with explained(f"restore the history in {history}"), locked(data_dir):
         for folder in (history, work.parent):
             folder.mkdir(exist_ok=True)
         sentinel = Sentinel.read(history)
@@ -272,7 +272,11 @@ def candidates(data_dir: Path, sentinel: Sentinel | None, chosen: Path | None) -
         (backup.writes, backup.path) for backup in of_one_store(list_backups(data_dir, store))
     ]
     in_place = data_dir / "history" / DATABASE
-    with contextlib.suppress(HistoryError), explained("read", in_place), reading(in_place) as kept:
+    with (
+        contextlib.suppress(HistoryError),
+        explained(f"read {in_place}"),
+        reading(in_place) as kept,
+    ):
         meta = read_meta(kept, in_place.parent) if has_tables(kept) else {}
         if meta and store in (None, meta["store"]):
             ranked.append((meta.get("writes", 0), in_place))
@@ -301,7 +305,7 @@ def ready_copy(paths: Sequence[Path], work: Path) -> tuple[Path, RecordStore, Jo
         (work / "history").mkdir(parents=True)
         store = RecordStore(work)
         try:
-            with explained("read", path), reading(path) as source:
+            with explained(f"read {path}"), reading(path) as source:
                 if not has_tables(source) or not read_meta(source, path.parent):
                     raise HistoryError(f"{path} is no backup of a history")
                 copy_database(source, work / "history" / DATABASE)
