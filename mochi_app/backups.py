@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from mochi_app.errors import without_folders
 from mochi_app.record_store import (
     BUSY_SECONDS,
     DATABASE,
@@ -237,10 +238,9 @@ class Backups:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it was, it is tried again
                 problem = f"no backup was made: {str(error) or type(error).__name__}"
-                told = problem.replace(f"{self._data_dir}/", "")  # /healthz keeps folders to itself
-                if told != self.problem:
+                if without_folders(problem) != self.problem:
                     log.warning("%s", problem)
-                self.problem = told
+                self.problem = without_folders(problem)
             await asyncio.sleep(RETRY_SECONDS if self.problem else LOOK_SECONDS)
 
     def _make_due(self) -> None:

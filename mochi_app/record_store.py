@@ -43,6 +43,7 @@ Record = dict[str, Any]
 Rows = dict[str, Record | str | None]  # None deletes
 
 RESTORE = "restore a backup of it: python -m mochi_app.history restore"
+BEGIN = "or set MOCHI_DATA_DIR to another folder to begin an empty history"
 ADVICE = {
     "full": "free some disk space",
     "no space": "free some disk space",
@@ -187,6 +188,19 @@ def replace_file(path: Path, content: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def check_nothing_left(data_dir: Path, path: Path) -> None:
+    """Whether a folder without a history never had one.
+
+    Raises:
+        HistoryError: it has videos.
+    """
+    if any((data_dir / "videos").glob("*.mp4")) or any((data_dir / "withheld").glob("*.mp4")):
+        raise HistoryError(
+            f"{path} is missing, and there are videos: to bring back a backup, or at least what the"
+            f" videos tell of themselves: python -m mochi_app.history restore; {BEGIN}"
+        )
 
 
 @contextlib.contextmanager
@@ -355,7 +369,7 @@ def check_whole(meta: Record, sentinel: Sentinel | None, path: Path) -> None:
         jobs = "some" if sentinel.jobs is None else sentinel.jobs
         raise HistoryError(
             f"{path} is missing, empty, or not the history that was here (of {jobs} jobs):"
-            f" {RESTORE}; or move {path.parent} away to begin an empty history"
+            f" {RESTORE}; {BEGIN}"
         )
     lacking = sentinel.writes - meta.get("writes", 0)
     if lacking > 0:
@@ -511,6 +525,7 @@ class RecordStore:
         sentinel = Sentinel.read(self._folder)
         if not path.exists():
             check_whole({}, sentinel, path)
+            check_nothing_left(self._data_dir, path)
             return self._begin()
         uri = f"{path.resolve().as_uri()}?mode=rw"
         with contextlib.closing(

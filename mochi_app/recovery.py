@@ -5,7 +5,8 @@ backup   a backup now, also beside a server.
 restore  put the best sound copy in place: a backup, or what is left of the history itself, which
          ever has seen more changes; or the one that is named. What it replaces is kept aside. Then
          the record follows the videos: one that the copy does not know is adopted with what its
-         MP4 tells, and a job that has its video is not run again.
+         MP4 tells, and a job that has its video is not run again. Where there is no copy at all,
+         or `videos` is named as the copy, the history begins anew with the videos alone.
 
 Exit status: 0 all is well, 1 `check` found something wrong, 2 it could not be done.
 """
@@ -79,6 +80,7 @@ from mochi_app.settings import SettingsError, load_settings
 
 WORK = "restoring"  # below backups/: where the new history is made ready
 MAX_SIDE, MAX_FRAMES, MAX_FPS = 8192, 10_000, 240  # sanity of what a file says of itself
+VIDEOS_ALONE = Path("videos")
 WAITING = (JobStatus.CREATED, JobStatus.PENDING, JobStatus.PROCESSING)
 
 
@@ -183,7 +185,7 @@ class Followed:
 class Restored:
     """What a restore did: from which file, with how many jobs; where the replaced files are."""
 
-    source: Path
+    source: Path | None  # None: the videos alone
     jobs: int
     aside: Path
     followed: Followed
@@ -256,11 +258,13 @@ def locked(data_dir: Path) -> Iterator[None]:
 
 
 def candidates(data_dir: Path, sentinel: Sentinel | None, chosen: Path | None) -> list[Path]:
-    """The files to try, the best first.
+    """The files to try, the best first; none when the videos are all there is.
 
     Raises:
-        HistoryError: there is none.
+        HistoryError: there is nothing to restore.
     """
+    if chosen == VIDEOS_ALONE:
+        return []
     if chosen is not None:
         named = data_dir / FOLDER / chosen.name
         found = chosen if chosen.is_file() else named
@@ -280,9 +284,10 @@ def candidates(data_dir: Path, sentinel: Sentinel | None, chosen: Path | None) -
         meta = read_meta(kept, in_place.parent) if has_tables(kept) else {}
         if meta and store in (None, meta["store"]):
             ranked.append((meta.get("writes", 0), in_place))
-    if not ranked:
+    if not ranked and not video_ids(data_dir):
         raise HistoryError(
-            f"{data_dir}: there is neither a readable history nor a backup of it in {FOLDER}/"
+            f"{data_dir}: there is neither a readable history, nor a backup of it in {FOLDER}/,"
+            " nor a video"
         )
     return [path for _, path in sorted(ranked, key=lambda item: item[0], reverse=True)]
 
@@ -293,13 +298,19 @@ def of_one_store(backups: list[Backup]) -> list[Backup]:
     return [backup for backup in backups if last is not None and backup.store == last.store]
 
 
-def ready_copy(paths: Sequence[Path], work: Path) -> tuple[Path, RecordStore, JobIndex]:
-    """The first of these files that is sound, as an open store of its own in `work`.
+def ready_copy(paths: Sequence[Path], work: Path) -> tuple[Path | None, RecordStore, JobIndex]:
+    """The first of these files that is sound, as an open store of its own in `work`; without files
+    an empty one.
 
     Raises:
         HistoryError: none is; the message says what is wrong with each.
     """
     wrong = []
+    shutil.rmtree(work, ignore_errors=True)
+    if not paths:
+        work.mkdir()
+        store = RecordStore(work)
+        return None, store, store.open()
     for path in paths:
         shutil.rmtree(work, ignore_errors=True)
         (work / "history").mkdir(parents=True)
@@ -312,7 +323,10 @@ def ready_copy(paths: Sequence[Path], work: Path) -> tuple[Path, RecordStore, Jo
             return path, store, store.open()
         except HistoryError as error:
             wrong.append(f"{path.name}: {error}")
-    raise HistoryError("no copy of the history is sound: " + "; ".join(wrong))
+    raise HistoryError(
+        f"no copy of the history is sound: {'; '.join(wrong)}; to begin anew with what the videos"
+        f" tell: python -m mochi_app.history restore {VIDEOS_ALONE}"
+    )
 
 
 def put_in_place(ready: Path, history: Path, said: Sentinel) -> Path:
@@ -453,7 +467,7 @@ def counted(count: int, one: str, many: str) -> str:
 def tell(done: Restored) -> None:
     """Say what a restore did."""
     followed = done.followed
-    say(f"restored from {done.source}: {counted(done.jobs, 'job', 'jobs')}")
+    say(f"restored from {done.source or 'the videos alone'}: {counted(done.jobs, 'job', 'jobs')}")
     if followed.adopted:
         say(f"adopted {counted(followed.adopted, 'video', 'videos')} that it did not know")
     if followed.ended:
@@ -478,7 +492,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--data-dir", type=Path, help="default: MOCHI_DATA_DIR")
         if name == "restore":
             command.add_argument(
-                "backup", nargs="?", type=Path, help="a file, or a name in backups/"
+                "backup", nargs="?", type=Path, help="a file, a name in backups/, or: videos"
             )
     return parser.parse_args(arguments)
 

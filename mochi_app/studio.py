@@ -692,7 +692,7 @@ class Studio:
         if not self.pool.ready_or_busy:
             reasons.append("no slot is ready")
         if self.history.problem is not None:
-            reasons.append(self.history.problem)
+            reasons.append(without_folders(self.history.problem))
         warnings = [self.backups.problem] if self.backups.problem is not None else []
         slots = [slot.describe() for slot in self.pool.slots]
         return {"ok": not reasons, "reasons": reasons, "warnings": warnings, "slots": slots}

@@ -310,11 +310,13 @@ refuses to start and names the record."""
 def test_a_lost_write_ahead_log(serve: Serve, tmp_path: Path) -> None:
     """A server is killed and its cache.db-wal is lost, cache.db being intact: never a history \
 that silently lacks its newest jobs; the server refuses to start, a restore adopts them."""
-    served = serve("ok").ready()
-    jobs = [
-        served.ended(served.call("submit_job", prompt=f"number {number}", **QUICK)["id"])
-        for number in range(3)
-    ]
+    jobs = []
+    for number in range(3):
+        served = serve("ok").ready()
+        asked = {"prompt": f"number {number}", **QUICK}
+        jobs.append(served.ended(served.call("submit_job", **asked)["id"]))
+        if number < 2:
+            served.terminate()  # what was written by then is in cache.db
     served.kill()
     history = tmp_path / "data" / "history"
     for name in ("cache.db-wal", "cache.db-shm"):
