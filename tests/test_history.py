@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from mochi_app import history as history_module
 from mochi_app import record_store
 from mochi_app.history import (
     History,
@@ -35,6 +36,7 @@ from mochi_app.history import (
 )
 from mochi_app.job_index import words
 from mochi_app.jobs import Conflict, Job, JobIds, JobStatus, NotFound, RequestError
+from tests.conftest import eventually
 
 ROOT = Path(__file__).resolve().parent.parent
 Open = Callable[[], Awaitable[History]]
@@ -637,6 +639,24 @@ class TestWriteErrors:
             assert ids(history.list(JobQuery()).jobs) == [1]
             await refused(opened, "cannot open the history .* locked; close the other program")
         assert ids((await opened()).list(JobQuery()).jobs) == [1]
+
+    async def test_what_ails_is_told_until_it_heals_by_itself(
+        self, opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(record_store, "BUSY_SECONDS", 0.05)
+        monkeypatch.setattr(history_module, "HEAL_SECONDS", 0.01)
+        history = await opened()
+        other = sqlite3.connect(database(tmp_path), isolation_level=None)
+        with contextlib.closing(other):
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(HistoryError, match="locked"):
+                await history.add(make(1))
+            assert history.problem == (
+                "cannot write to the history: database is locked; close the other program that has"
+                " the database open"
+            )
+        await eventually(lambda: history.problem is None)
+        assert history.get(job_id(1)) is None
 
     async def test_a_transaction_left_open(self, history: History) -> None:
         """As a failed commit may leave it: the next write fails, the one after it does not."""
