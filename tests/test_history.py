@@ -542,6 +542,17 @@ class TestDamage:
         full.write_bytes(content)
         await refused(opened, "is damaged .* restore a backup")
 
+    async def test_another_letter_in_one_record(self, opened: Open, full: Path) -> None:
+        content = full.read_bytes()
+        full.write_bytes(content.replace(b"red circle", b"rad circle", 1))
+        await refused(opened, "history row 'job:.* was changed on the disk: restore a backup")
+
+    async def test_a_row_that_has_gone_missing(self, opened: Open, full: Path) -> None:
+        with by_hand(full) as rows:
+            rows.execute("DROP TRIGGER Settings_count_delete")
+            rows.execute("DELETE FROM Cache WHERE key = ?", (f"job:{job_id(7)}",))
+        await refused(opened, r"is damaged \(300 rows and 300 in its index, 301 were written\)")
+
     async def test_a_truncated_database(self, opened: Open, full: Path) -> None:
         full.write_bytes(full.read_bytes()[: full.stat().st_size // 2])
         await refused(opened, "restore a backup")
