@@ -22,17 +22,27 @@ os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000")
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Mount
 
 from mochi_app.engine.pool import Pool
 from mochi_app.engine.slot import ENGINE_COMMAND
 from mochi_app.history import History, HistoryError
-from mochi_app.logs import start_logging
+from mochi_app.logs import log_stderr, start_logging
 from mochi_app.media import MediaStore
 from mochi_app.settings import Settings, SettingsError, load_model_defaults, load_settings
 from mochi_app.studio import Studio
 from mochi_app.tickets import Tickets
 from mochi_app.web import ui
 from mochi_app.web.api import Api
+from mochi_app.web.doors import Doors, Guard, add_login, user_of
+from mochi_app.web.guards import (
+    BoundedBody,
+    OnlyWhatIsNeeded,
+    OwnOrigin,
+    SecurityHeaders,
+    WholeStreams,
+)
 from mochi_app.web.routes import add_routes, explain_bad_calls
 
 log = logging.getLogger("mochi_app")
@@ -43,7 +53,12 @@ CONNECTION_GRACE_SECONDS = 1
 
 
 def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
-    """The parent app: our routes, then Gradio's page and API at the root."""
+    """The parent app: our routes, then Gradio's page and API at the root.
+
+    Raises:
+        SettingsError: the accounts file cannot be used.
+    """
+    doors = Doors(studio.settings, ticket_secret)
     gr.set_static_paths([studio.media.videos])
     with gr.Blocks(title="Mochi", analytics_enabled=False) as demo:
         ui.build(studio)
@@ -65,10 +80,12 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
 
     app = FastAPI(title="Mochi", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     add_routes(app, studio)
+    add_login(app, doors)
     gr.mount_gradio_app(
         app,
         demo,
         path="/",
+        auth_dependency=user_of,
         root_path=os.environ.get("GRADIO_ROOT_PATH"),
         run_history=False,
         show_error=False,
@@ -77,7 +94,30 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
         **ui.page_options(),
     )
     explain_bad_calls(app)
+    put_up_doors(app, doors, studio.settings)
     return app
+
+
+def put_up_doors(app: FastAPI, doors: Doors, settings: Settings) -> None:
+    """What every request passes through, from the inside out."""
+    for route in app.routes:
+        if isinstance(route, Mount) and isinstance(route.app, FastAPI):
+            route.app.add_middleware(WholeStreams)
+            route.app.add_middleware(OnlyWhatIsNeeded)
+    app.add_middleware(BoundedBody)
+    app.add_middleware(Guard, doors=doors)
+    app.add_middleware(
+        OwnOrigin,
+        allowed=settings.allowed_origins,
+        public_url=os.environ.get("GRADIO_ROOT_PATH", ""),
+    )
+    app.add_middleware(  # Starlette's own, by which Gradio's, which lets every site in, steps back
+        CORSMiddleware,
+        allow_origins=settings.allowed_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["authorization", "content-type"],
+    )
+    app.add_middleware(SecurityHeaders, frame_ancestors=settings.frame_ancestors)
 
 
 class Server(uvicorn.Server):
@@ -119,6 +159,7 @@ async def serve(settings: Settings, engine_command: Sequence[str] = ENGINE_COMMA
         build_web(studio, secrets.token_urlsafe(32)),
         host=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
         port=server_port(),
+        log_config=None,  # its lines go the way of ours
         log_level="warning",
         timeout_graceful_shutdown=CONNECTION_GRACE_SECONDS,
     )
@@ -132,6 +173,7 @@ def main(engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
     try:
         settings = load_settings()
         start_logging(settings.log_format)
+        log_stderr()
         asyncio.run(serve(settings, engine_command))
     except (SettingsError, HistoryError, OSError) as error:
         log.error("cannot start: %s", error)

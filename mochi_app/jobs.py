@@ -42,6 +42,10 @@ class NotFound(RequestError):
     """No job has this id."""
 
 
+class NotYours(RequestError):
+    """The job is another caller's."""
+
+
 class Conflict(RequestError):
     """The request is well formed, but the job's state does not allow it."""
 

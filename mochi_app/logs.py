@@ -6,6 +6,7 @@ that do not print are written as escapes.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -14,7 +15,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
+
+log = logging.getLogger("stderr")
 
 _about: ContextVar[Mapping[str, Any]] = ContextVar("about", default={})  # noqa: B039 - never changed
 
@@ -72,6 +75,43 @@ def trace(record: logging.LogRecord) -> list[str]:
         return []
     text = "".join(traceback.format_exception(*record.exc_info))
     return [printable(line) for line in text.rstrip().split("\n")]
+
+
+class LoggedLines(io.TextIOBase):
+    """In place of stderr: Gradio prints tracebacks there, with what a caller sent in them. Each
+    line becomes an event of the log."""
+
+    def __init__(self, behind: TextIO) -> None:
+        self._behind = behind
+        self._partial = ""
+        self._busy = False
+
+    def write(self, text: str) -> int:
+        """Log the lines that are whole."""
+        if self._busy:  # logging itself is in trouble, and says so
+            self._behind.write(printable(text) + "\n")
+            return len(text)
+        *lines, self._partial = (self._partial + text).split("\n")
+        self._busy = True
+        try:
+            for line in lines:
+                log.error("%s", line)
+        finally:
+            self._busy = False
+        return len(text)
+
+    def flush(self) -> None:
+        """Whole lines are out already."""
+        self._behind.flush()
+
+    def fileno(self) -> int:
+        """What the operating system writes to."""
+        return self._behind.fileno()
+
+
+def log_stderr() -> None:
+    """From now on what is written to stderr is logged; after `start_logging`, once."""
+    sys.stderr = LoggedLines(sys.stderr)
 
 
 def start_logging(form: str) -> None:

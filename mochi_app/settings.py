@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
@@ -93,6 +101,25 @@ def existing_folder(folder: Path | None) -> Path | None:
     return full
 
 
+def parse_origins(value: Any) -> Any:
+    """Parse `"https://a.example https://b.example:8443"` into a tuple of origins, lower case.
+
+    Raises:
+        ValueError: one of them is no origin.
+    """
+    if not isinstance(value, str):
+        return value
+    origins = tuple(value.lower().replace(",", " ").split())
+    if not all(ORIGIN.fullmatch(origin) for origin in origins):
+        raise ValueError(
+            "expected origins such as 'https://app.example' or 'http://127.0.0.1:8000',"
+            " separated by blanks"
+        )
+    return origins
+
+
+ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|(\*\.)?[a-z0-9._-]+)(:[0-9]{1,5})?")
+Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_origins)]
 Steps = Annotated[int, Field(ge=2, le=512)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -262,6 +289,27 @@ class Settings(BaseSettings):
         default="text", pattern="^(text|json)$", description="The log: `text`, or `json` by line."
     )
 
+    auth_file: Path | None = Field(
+        default=None,
+        description="Accounts (`python -m mochi_app.accounts add NAME`). With it everybody has to "
+        "log in; without, anybody may come in.",
+    )
+    api_token: SecretStr | None = Field(
+        default=None,
+        min_length=20,
+        description="What a machine sends as `Authorization: Bearer …`; it may all that an admin "
+        "may. `openssl rand -hex 32` makes one.",
+    )
+    allowed_origins: Origins = Field(
+        default=(),
+        description="Other sites, as `https://app.example`, whose pages may call this server.",
+    )
+    frame_ancestors: Origins = Field(
+        default=("https://huggingface.co",),
+        description="Other sites whose pages may show this one in a frame; a Space is shown in one "
+        "of `https://huggingface.co`.",
+    )
+
     @property
     def patience(self) -> Patience:
         """That with a video of the usual size, as long as nothing is measured."""
@@ -309,7 +357,8 @@ def load_settings(**overrides: Any) -> Settings:
         for item in error.errors():
             name = ENV_PREFIX + str(item["loc"][0]).upper() if item["loc"] else ENV_PREFIX
             expected = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{name}={item['input']!r}: {expected}")
+            given = "…" if item["loc"][:1] == ("api_token",) else repr(item["input"])
+            lines.append(f"{name}={given}: {expected}")
         raise SettingsError("; ".join(lines)) from None
 
 

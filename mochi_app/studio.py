@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from mochi_app import __version__, scheduling
+from mochi_app.accounts import ANONYMOUS, HOUSE, Caller
 from mochi_app.backups import Backups
 from mochi_app.engine import messages
 from mochi_app.engine.pool import Pool, SupervisedSlot
@@ -29,6 +30,7 @@ from mochi_app.jobs import (
     JobIds,
     JobStatus,
     NotFound,
+    NotYours,
     RequestError,
     parse_job_id,
     refuse,
@@ -374,14 +376,16 @@ class Studio:
             "page_size": found.page_size,
         }
 
-    async def cancel(self, job_id: Any) -> Job:
+    async def cancel(self, job_id: Any, *, by: Caller = HOUSE) -> Job:
         """Stop a job, waiting or running; one that has ended is returned as it is.
 
-        Raises as `find`.
+        Raises:
+            NotYours: it is another caller's. Otherwise as `find`.
         """
         job = self.find(job_id)
         if job.status.terminal:
             return job
+        require_own(job, by, "cancel")
         if job.id in self.live.claimed:
             live = self.live.jobs[job.id]
             live.cancel_requested = True
@@ -407,20 +411,37 @@ class Studio:
         self.changed.beat()
         return job
 
-    async def delete(self, job_id: Any) -> Job:
+    async def delete(self, job_id: Any, *, by: Caller = HOUSE) -> Job:
         """Put an ended job into the trash: nobody sees it or its files from now on.
 
         Raises:
-            Conflict: it has not ended. Otherwise as `find`.
+            Conflict: it has not ended.
+            NotYours: it is another caller's. Otherwise as `find`.
         """
-        return await self.shelf.delete(self.find(job_id))
+        job = self.find(job_id)
+        require_own(job, by, "delete")
+        return await self.shelf.delete(job)
 
-    async def restore(self, job_id: Any) -> Job:
-        """Undo a delete. Raises NotFound when the trash has no such job (any more)."""
+    async def restore(self, job_id: Any, *, by: Caller = HOUSE) -> Job:
+        """Undo a delete.
+
+        Raises:
+            NotFound: the trash has no such job (any more).
+            NotYours: it is another caller's.
+        """
+        job = self.history.get(parse_job_id(job_id))
+        if job is not None and job.deleted_at is not None:
+            require_own(job, by, "restore")
         return await self.shelf.restore(job_id)
 
-    async def empty_trash(self) -> int:
-        """Remove the deleted jobs for good; returns how many."""
+    async def empty_trash(self, *, by: Caller = HOUSE) -> int:
+        """Remove the deleted jobs for good; returns how many.
+
+        Raises:
+            NotYours: there is a login, and the caller is no admin.
+        """
+        if not by.may_empty_trash:
+            raise NotYours("the trash is everybody's: only an admin can empty it")
         return await self.shelf.empty_trash()
 
     def view(self, job: Job) -> dict[str, Any]:
@@ -696,6 +717,22 @@ class Studio:
         warnings = [self.backups.problem] if self.backups.problem is not None else []
         slots = [slot.describe() for slot in self.pool.slots]
         return {"ok": not reasons, "reasons": reasons, "warnings": warnings, "slots": slots}
+
+
+def require_own(job: Job, by: Caller, act: str) -> None:
+    """See that the job is the caller's to `act` on.
+
+    Raises:
+        NotYours: it is not; the message says whose it is, and who can.
+    """
+    if by.owns(job.owner):
+        return
+    if job.owner.startswith(ANONYMOUS):
+        raise NotYours(
+            f"job {job.id} was asked for in another browser: {act} it there, or have an admin,"
+            " or the holder of MOCHI_API_TOKEN, do it"
+        )
+    raise NotYours(f"job {job.id} is {job.owner}'s: only {job.owner} or an admin can {act} it")
 
 
 def reason_of(error: Exception) -> str:

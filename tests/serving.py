@@ -49,6 +49,7 @@ class Served:
         self.log = data_dir.parent / f"{data_dir.name}.log"
         self._program = program
         self._settings = settings
+        self.headers: dict[str, str] = {}  # what every call of ours sends along
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -94,7 +95,7 @@ class Served:
 
     def slots(self) -> list[dict[str, Any]]:
         """State of the slots."""
-        found: list[dict[str, Any]] = httpx.get(f"{self.url}/healthz").json()["slots"]
+        found: list[dict[str, Any]] = self.get("/healthz").json()["slots"]
         return found
 
     def pids(self) -> list[int]:
@@ -103,7 +104,11 @@ class Served:
 
     def client(self) -> Client:
         """A Gradio client of this server."""
-        return Client(self.url, verbose=False)
+        return Client(self.url, verbose=False, headers=self.headers)
+
+    def get(self, path: str) -> httpx.Response:
+        """GET a path."""
+        return httpx.get(f"{self.url}{path}", headers=self.headers, timeout=DEADLINE)
 
     def call(self, name: str, **parameters: Any) -> Any:
         """One call over plain HTTP, as curl would make it: post, then read the event stream.
@@ -112,9 +117,11 @@ class Served:
             Refusal: the endpoint answered with an error.
         """
         base = f"{self.url}/gradio_api/call"
-        posted = httpx.post(f"{base}/v2/{name}", json=parameters, timeout=DEADLINE)
+        posted = httpx.post(
+            f"{base}/v2/{name}", json=parameters, headers=self.headers, timeout=DEADLINE
+        )
         posted.raise_for_status()
-        stream = httpx.get(f"{base}/{name}/{posted.json()['event_id']}", timeout=DEADLINE)
+        stream = self.get(f"/gradio_api/call/{name}/{posted.json()['event_id']}")
         event, data = stream.text.strip().split("\n\n")[-1].split("\n", 1)
         payload = httpx.Response(200, content=data.removeprefix("data: ")).json()
         if event != "event: complete":

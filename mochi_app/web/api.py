@@ -18,6 +18,7 @@ from mochi_app.history import HistoryError
 from mochi_app.jobs import JobStatus, RequestError
 from mochi_app.studio import Studio
 from mochi_app.tickets import ENDPOINT, SECRET_HEADER
+from mochi_app.web.doors import caller_of
 
 
 class Refused(gr.Error):
@@ -34,11 +35,6 @@ def refusals() -> Iterator[None]:
         yield
     except (RequestError, HistoryError) as error:
         raise Refused(error) from None
-
-
-def owner_of(request: gr.Request) -> str:
-    """Who asks; empty without a login."""
-    return request.username or ""
 
 
 class Api:
@@ -106,7 +102,7 @@ class Api:
         """
         with refusals():
             job = await self._studio.submit(
-                owner=owner_of(request),
+                owner=caller_of(request).name,
                 prompt=prompt,
                 negative_prompt=negative_prompt,
                 seed=seed,
@@ -129,7 +125,7 @@ class Api:
             job_id: The preview's id.
         """
         with refusals():
-            job = await self._studio.enhance(job_id, owner=owner_of(request))
+            job = await self._studio.enhance(job_id, owner=caller_of(request).name)
         return self._studio.view(job)
 
     async def get_job_status(self, job_id: str) -> dict[str, Any]:
@@ -170,23 +166,25 @@ class Api:
         with refusals():
             return self._file(self._studio.status(job_id))
 
-    async def cancel_job(self, job_id: str) -> dict[str, Any]:
-        """Stop a job, waiting or running. One that has ended is returned as it is.
+    async def cancel_job(self, job_id: str, request: gr.Request) -> dict[str, Any]:
+        """Stop a job, waiting or running. One that has ended is returned as it is. A job of
+        somebody else's is only theirs, or an admin's, to stop.
 
         Args:
             job_id: The job's id.
         """
         with refusals():
-            return self._studio.view(await self._studio.cancel(job_id))
+            return self._studio.view(await self._studio.cancel(job_id, by=caller_of(request)))
 
-    async def delete_job(self, job_id: str) -> dict[str, Any]:
-        """Put an ended job and its files into the trash, where it can be restored for a while.
+    async def delete_job(self, job_id: str, request: gr.Request) -> dict[str, Any]:
+        """Put an ended job and its files into the trash, where it can be restored for a while. A
+        job of somebody else's is only theirs, or an admin's, to delete.
 
         Args:
             job_id: The job's id.
         """
         with refusals():
-            return self._studio.view(await self._studio.delete(job_id))
+            return self._studio.view(await self._studio.delete(job_id, by=caller_of(request)))
 
     async def star_job(self, job_id: str, starred: bool = True) -> dict[str, Any]:
         """Star a job, so that its video is never evicted; or take the star away.

@@ -113,6 +113,7 @@
 
   const parts = {}; // name → {element, server, trigger, props} of each gr.HTML part
   const live = { snapshot: null, jobs: new Map(), receivedAt: 0, connected: null };
+  const me = { name: "", admin: false, login: false }; // who looks at the page
   const shown = {
     jobId: null, // what ?job= says
     preview: null,
@@ -120,6 +121,13 @@
     deleted: null, // view of a job that was deleted from the panel and can be undone
     problem: "",
   };
+
+  /** Whether a job is ours to stop and delete. The server decides; this only saves a refusal. */
+  const mine = (job) => me.admin || !job.owner || job.owner === me.name;
+
+  function notMine(job) {
+    return me.login ? `Only ${job.owner} or an admin can do this` : "Asked for in another browser";
+  }
 
   /** Ask a server function. A refusal, or a server that is away, becomes an Error to be shown. */
   async function ask(name, argument) {
@@ -179,12 +187,21 @@
         live.connected = false;
         header.render();
         announce("Connection lost. Trying to reconnect.");
+        this.askForLogin();
       }
       this.timer = setTimeout(() => this.follow(), this.retry);
       this.retry = Math.min(this.retry * 2, RETRY_MOST);
     },
 
+    /** A stream cannot tell that one has to log in (again). What is typed stays where it is. */
+    async askForLogin() {
+      const answer = await fetch("./gradio_api/login_check").catch(() => null);
+      live.loggedOut = answer?.status === 401;
+      header.render();
+    },
+
     receive(snapshot) {
+      live.loggedOut = false;
       const wasAway = live.connected === false;
       Object.assign(live, { snapshot, connected: true, receivedAt: performance.now() });
       live.jobs = new Map(snapshot.jobs.map((job) => [job.id, job]));
@@ -209,6 +226,10 @@
       this.dot = h("span", { className: "m-dot", "aria-hidden": "true" });
       this.slots = h("span", { className: "m-slots", textContent: "Connecting" });
       this.counts = h("span", { className: "m-counts" });
+      this.who = h("span", { className: "m-who" });
+      this.logout = h("form", { className: "m-logout", method: "post", action: "./logout", hidden: true });
+      this.logout.append(this.who, h("button", { className: "m-button", textContent: "Log out" }));
+      this.login = h("a", { className: "m-button", href: "./", textContent: "Log in", hidden: true });
       part.announcer = h("p", { className: "m-hidden", role: "status", "aria-live": "polite" });
       part.element.replaceChildren(
         h(
@@ -216,15 +237,20 @@
           { className: "m-header" },
           h("h1", { className: "m-brand", textContent: "Mochi" }),
           h("p", { className: "m-status", id: "mochi-status" }, this.dot, this.slots, this.counts),
+          this.login,
+          this.logout,
         ),
         part.announcer,
       );
     },
 
     render() {
+      setText(this.who, me.name);
+      this.logout.hidden = !me.login;
+      this.login.hidden = !live.loggedOut;
       if (live.connected === false) {
         this.dot.dataset.state = "lost";
-        setText(this.slots, "Connection to the server lost, reconnecting");
+        setText(this.slots, live.loggedOut ? "You are logged out" : "Connection to the server lost, reconnecting");
         setText(this.counts, "");
         return;
       }
@@ -309,7 +335,8 @@
     if (!ended(job)) {
       const label = job.cancel_requested ? "Stopping" : "Stop";
       const stop = () => attempt(() => ask("cancel_job", job.id));
-      add("stop", label, stop, { icon: "stop", disabled: job.cancel_requested });
+      const title = mine(job) ? undefined : notMine(job);
+      add("stop", label, stop, { icon: "stop", title, disabled: job.cancel_requested || !mine(job) });
       add("link", "Copy link", (element) => copyLink(job.id, element), { icon: "link" });
       return list;
     }
@@ -336,7 +363,8 @@
     add("reuse", "Use again", () => form.reuse(job), { icon: "reuse", title });
     add("link", "Copy link", (element) => copyLink(job.id, element), { icon: "link" });
     const remove = () => attempt(() => panel.delete(job));
-    add("delete", "Delete", remove, { icon: "trash" });
+    const whose = mine(job) ? undefined : notMine(job);
+    add("delete", "Delete", remove, { icon: "trash", title: whose, disabled: !mine(job) });
     return list;
   }
 
@@ -354,6 +382,7 @@
     if (job.schedule !== "linear_quadratic") list.push(["Schedule", job.schedule]);
     if (job.lora) list.push(["LoRA", `${job.lora} × ${job.lora_scale}`]);
     if (job.negative_prompt) list.push(["Without", job.negative_prompt]);
+    if (me.login && job.owner) list.push(["By", job.owner]);
     return list;
   }
 
@@ -409,7 +438,7 @@
 
     actionsKey(job) {
       const enhance = job.enhanced ? "" : (shown.enhance?.status ?? "none");
-      return [job.status, job.starred, job.cancel_requested, job.video_url, enhance].join();
+      return [job.status, job.starred, job.cancel_requested, job.video_url, enhance, mine(job)].join();
     }
 
     showActions(job) {
@@ -766,7 +795,8 @@
       this.element.dataset.status = job.status.toLowerCase();
       setText(this.prompt, job.prompt);
       this.prompt.title = job.prompt;
-      setText(this.when, age(job.submitted_at));
+      const by = me.login && job.owner ? `${job.owner} · ` : "";
+      setText(this.when, by + age(job.submitted_at));
       const badges = this.badgeTexts(job);
       if (this.badgeKey !== badges.join()) {
         this.badgeKey = badges.join();
@@ -797,6 +827,8 @@
       if (this.restore) return;
       this.restore = button("restore", "Restore", () => gallery.restore(job), { icon: "undo" });
       this.restore.setAttribute("aria-label", `Restore: ${job.prompt}`);
+      this.restore.disabled = !mine(job);
+      this.restore.title = mine(job) ? "" : notMine(job);
       this.element.append(this.restore);
     }
   }
@@ -959,7 +991,7 @@
       this.previous.disabled = this.page <= 1;
       this.next.disabled = this.page >= last;
       this.pages.hidden = last < 2;
-      this.emptyTrash.hidden = !trash;
+      this.emptyTrash.hidden = !trash || (me.login && !me.admin);
       this.emptyTrash.disabled = this.total === 0 && !this.query;
       this.none.hidden = this.total > 0;
       setText(this.none, this.noneText());
@@ -1082,6 +1114,7 @@
 
   function start() {
     const jobId = new URL(location.href).searchParams.get("job");
+    ask("whoami", null).then(known, () => {});
     panel.select(jobId);
     gallery.refresh();
     stream.follow();
@@ -1089,6 +1122,14 @@
     document.addEventListener("visibilitychange", () => stream.follow());
     window.addEventListener("online", () => stream.follow());
     setInterval(tick, 1000);
+  }
+
+  /** Show what depends on who looks. */
+  function known(who) {
+    Object.assign(me, who);
+    header.render();
+    panel.render();
+    gallery.refresh();
   }
 
   function tick() {

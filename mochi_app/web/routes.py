@@ -13,15 +13,18 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from gradio.route_utils import FnIndexInferError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 from starlette.routing import Mount
 
-from mochi_app.jobs import JobStatus, NotFound, RequestError
+from mochi_app.jobs import JOB_ID, JobStatus, NotFound, RequestError
 from mochi_app.studio import Studio
+from mochi_app.web.doors import is_stranger
 
 EVENTS_INTERVAL = 0.2  # seconds; at most so often a page hears of changes
 KEEPALIVE_SECONDS = 15.0
+OPENLY = ("slot", "state")  # what /healthz tells of a slot to strangers
 LIVE_JOBS = 200  # jobs in one event; the rest of a longer queue is asked for by page
 
 
@@ -72,9 +75,12 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
         return PlainTextResponse("ok\n")
 
     @router.get("/healthz")
-    async def healthz() -> JSONResponse:
-        """200 when a video could be made now, else 503 with the reasons."""
+    async def healthz(request: Request) -> JSONResponse:
+        """200 when a video could be made now, else 503 with the reasons. Who has not logged in
+        where one has to gets no more of the slots than their state."""
         health = studio.health()
+        if is_stranger(request):
+            health["slots"] = [{name: slot[name] for name in OPENLY} for slot in health["slots"]]
         return JSONResponse(health, status_code=200 if health["ok"] else 503)
 
     @router.get("/metrics")
@@ -101,16 +107,32 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
         path = studio.media.poster_path(found(studio, job_id)["id"])
         return file_response(path, "image/webp", False)
 
+    @router.api_route("/gradio_api/file={path:path}", methods=["GET", "HEAD"])
+    async def gradio_file(path: str) -> FileResponse:
+        """A video by the path that Gradio's clients were told. The path is not opened: it names a
+        job's video or nothing."""
+        folder, _, name = path.rpartition("/")
+        job_id = name.removesuffix(".mp4")
+        if folder != str(studio.media.videos) or not JOB_ID.fullmatch(job_id):
+            raise HTTPException(404, "no such file")
+        return await video(job_id)
+
     app.include_router(router)
 
 
 def explain_bad_calls(app: FastAPI) -> None:
-    """Answer a call by name that does not fit its endpoint with what is wrong, not with 500.
+    """Answer a call that does not fit its endpoint with what is wrong, not with 500.
 
-    Gradio's `/call/v2/<name>` lets the errors of its own argument check through.
+    Gradio's `/call/v2/<name>` lets the errors of its own argument check through, and others those
+    of looking up a page by its name, a function or a component by its number.
     """
 
     async def explain(request: Request, error: Exception) -> Response:
+        unknown = isinstance(error, KeyError) and isinstance(error.args[0], int)
+        if unknown or isinstance(error, FnIndexInferError):
+            return JSONResponse({"detail": "there is no such function or component"}, 404)
+        if isinstance(error, KeyError) and error.args[0] == request.query_params.get("page"):
+            return JSONResponse({"detail": "there is no such page"}, 404)
         if "/gradio_api/call/v2/" not in request.url.path:
             raise error
         if isinstance(error, KeyError):
@@ -119,7 +141,7 @@ def explain_bad_calls(app: FastAPI) -> None:
 
     for route in app.routes:
         if isinstance(route, Mount) and isinstance(route.app, FastAPI):
-            for kind in (KeyError, TypeError):
+            for kind in (KeyError, TypeError, FnIndexInferError):
                 route.app.add_exception_handler(kind, explain)
 
 

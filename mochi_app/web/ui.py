@@ -7,7 +7,6 @@ takes a place in Gradio's queue.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -17,10 +16,12 @@ import gradio as gr
 from gradio.themes.utils import colors
 
 from mochi_app import jobs
+from mochi_app.accounts import Caller
 from mochi_app.history import HistoryError
 from mochi_app.jobs import JobStatus, RequestError
 from mochi_app.loras import lora_names
 from mochi_app.studio import Studio
+from mochi_app.web.doors import caller_of
 
 HERE = Path(__file__).parent
 
@@ -62,31 +63,34 @@ UNQUEUED: Mapping[str, Any] = {
     "show_progress": "hidden",
 }
 
-Call = Callable[[Any], Awaitable[Any]]
+Call = Callable[[Any, Caller], Awaitable[Any]]
+Answer = Callable[[Any, gr.Request], Awaitable[dict[str, Any]]]
 
 
-def answering(call: Call) -> Call:
+def answering(call: Call) -> Answer:
     """`call` as `page.js` hears it: `{"ok": …}`, or `{"error": …}` when it is refused."""
 
-    @functools.wraps(call)
-    async def answer(argument: Any) -> dict[str, Any]:
+    async def answer(argument: Any, request: gr.Request) -> dict[str, Any]:
         try:
-            return {"ok": await call(argument)}
+            return {"ok": await call(argument, caller_of(request))}
         except (RequestError, HistoryError) as error:
             return {"error": str(error)}
 
+    answer.__name__ = call.__name__  # Gradio offers it to the page under its name
     return answer
 
 
 class Calls:
-    """What `page.js` may ask. Each takes one JSON value, as Gradio's server functions do."""
+    """What `page.js` may ask. Each takes one JSON value, as Gradio's server functions do, and who
+    asks."""
 
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
 
-    def all(self) -> list[Call]:
+    def all(self) -> list[Answer]:
         """Every call, ready for `gr.HTML(server_functions=…)`."""
         calls: list[Call] = [
+            self.whoami,
             self.lineage,
             self.list_jobs,
             self.enhance_job,
@@ -99,11 +103,15 @@ class Calls:
         ]
         return [answering(call) for call in calls]
 
-    async def lineage(self, job_id: Any) -> dict[str, Any]:
+    async def whoami(self, _: Any, by: Caller) -> dict[str, Any]:
+        """The caller's `name`, whether it is an `admin`, and whether there is a `login` at all."""
+        return {"name": by.name, "admin": by.admin, "login": not by.anonymous}
+
+    async def lineage(self, job_id: Any, _: Caller) -> dict[str, Any]:
         """The job with its preview or its newest enhance, whichever are there."""
         return self._studio.lineage(job_id)
 
-    async def list_jobs(self, question: Any) -> dict[str, Any]:
+    async def list_jobs(self, question: Any, _: Caller) -> dict[str, Any]:
         """A page of the history: `filter`, `query`, `page`, `page_size`."""
         if not isinstance(question, dict) or str(question.get("filter")) not in FILTERS:
             raise jobs.refuse("filter", question, "one of " + ", ".join(FILTERS))
@@ -114,37 +122,37 @@ class Calls:
             **FILTERS[str(question["filter"])],
         )
 
-    async def enhance_job(self, job_id: Any) -> dict[str, Any]:
+    async def enhance_job(self, job_id: Any, by: Caller) -> dict[str, Any]:
         """The many-step version of a finished preview."""
-        return self._studio.view(await self._studio.enhance(job_id))
+        return self._studio.view(await self._studio.enhance(job_id, owner=by.name))
 
-    async def retry_job(self, job_id: Any) -> dict[str, Any]:
-        """A new job with the parameters of one that has failed or was stopped."""
+    async def retry_job(self, job_id: Any, by: Caller) -> dict[str, Any]:
+        """A new job, the caller's, with the parameters of one that has failed or was stopped."""
         job = self._studio.find(job_id)
         asked = {name: getattr(job, name) for name in jobs.REQUEST_FIELDS}
-        return self._studio.view(await self._studio.submit(owner=job.owner, **asked))
+        return self._studio.view(await self._studio.submit(owner=by.name, **asked))
 
-    async def cancel_job(self, job_id: Any) -> dict[str, Any]:
+    async def cancel_job(self, job_id: Any, by: Caller) -> dict[str, Any]:
         """Stop a job."""
-        return self._studio.view(await self._studio.cancel(job_id))
+        return self._studio.view(await self._studio.cancel(job_id, by=by))
 
-    async def star_job(self, question: Any) -> dict[str, Any]:
+    async def star_job(self, question: Any, _: Caller) -> dict[str, Any]:
         """Star a job or not: `[job_id, starred]`."""
         if not isinstance(question, list) or len(question) != 2:
             raise jobs.refuse("star_job", question, "a job's id, and true or false")
         return self._studio.view(await self._studio.star(*question))
 
-    async def delete_job(self, job_id: Any) -> dict[str, Any]:
+    async def delete_job(self, job_id: Any, by: Caller) -> dict[str, Any]:
         """Put a job into the trash."""
-        return self._studio.view(await self._studio.delete(job_id))
+        return self._studio.view(await self._studio.delete(job_id, by=by))
 
-    async def restore_job(self, job_id: Any) -> dict[str, Any]:
+    async def restore_job(self, job_id: Any, by: Caller) -> dict[str, Any]:
         """Take a job out of the trash."""
-        return self._studio.view(await self._studio.restore(job_id))
+        return self._studio.view(await self._studio.restore(job_id, by=by))
 
-    async def empty_trash(self, _: Any) -> int:
+    async def empty_trash(self, _: Any, by: Caller) -> int:
         """Remove every deleted job for good; how many."""
-        return await self._studio.empty_trash()
+        return await self._studio.empty_trash(by=by)
 
 
 def submitter(studio: Studio) -> Callable[..., Awaitable[dict[str, Any]]]:
@@ -167,7 +175,7 @@ def submitter(studio: Studio) -> Callable[..., Awaitable[dict[str, Any]]]:
     ) -> dict[str, Any]:
         try:
             job = await studio.submit(
-                owner=request.username or "",
+                owner=caller_of(request).name,
                 prompt=prompt,
                 negative_prompt=negative_prompt,
                 seed=None if random_seed else whole_number(seed),

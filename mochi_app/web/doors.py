@@ -1,0 +1,389 @@
+"""Who comes in: login, API token, anonymous browsers, the app's own tickets.
+
+One ASGI layer before all routes, ours and Gradio's, decides once for each request, and leaves the
+`Caller` in its scope. With an accounts file whoever is nobody known stays outside, but for the
+probes and the login itself. Without one everybody may come in, and a signed cookie tells one
+browser from another, so that each stops and deletes its own jobs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import html
+import ipaddress
+import logging
+import os
+import re
+import secrets
+import string
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+from fastapi import APIRouter, FastAPI, Request
+from itsdangerous import BadData, URLSafeTimedSerializer
+from starlette.datastructures import MutableHeaders
+from starlette.requests import HTTPConnection
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mochi_app.accounts import ANONYMOUS, MACHINE, MAX_PASSWORD, Account, Accounts, Caller
+from mochi_app.jobs import JOB_ID, shown
+from mochi_app.settings import Settings, SettingsError
+from mochi_app.tickets import ENDPOINT, SECRET_HEADER
+from mochi_app.web.guards import refusal
+
+log = logging.getLogger(__name__)
+
+KEY_FILE = "secret.key"  # in the data folder
+KEY_BYTES = 32
+LOGIN_SECONDS = 30 * 86400
+VISITOR_SECONDS = 400 * 86400  # as long as browsers keep a cookie; renewed at each visit
+TRIES = 10  # wrong passwords that one address has free
+SECONDS_A_TRY = 20.0  # after which it has one more
+MAX_ADDRESSES = 10_000  # that are remembered
+CHECKS_AT_ONCE = 2  # passwords; each takes 16 MiB and a core
+CHECKS_WAITING = 16  # more logins than that at a time are refused
+MAX_COOKIE = 1024  # characters
+
+SCOPE_KEY = "mochi.caller"
+OPEN_PATHS = frozenset({"/livez", "/healthz", "/login", "/logout", "/favicon.ico", "/robots.txt"})
+TICKET_PATH = re.compile(rf"/gradio_api/call/{ENDPOINT}(/[^/]+)?")
+LOGIN_PAGE = string.Template((Path(__file__).parent / "login.html").read_text(encoding="utf-8"))
+
+
+def caller_of(request: Any) -> Caller:
+    """Who asks, by a request of FastAPI's or Gradio's; nobody known when no door was passed."""
+    connection = getattr(request, "request", None) or request
+    return getattr(connection, "scope", {}).get(SCOPE_KEY) or Caller()
+
+
+def is_stranger(request: Request) -> bool:
+    """Whether the caller got here without the login that this server asks for."""
+    return request.scope.get(SCOPE_KEY) is None
+
+
+def user_of(request: Request) -> str | None:
+    """For Gradio's `auth_dependency`: None stays outside."""
+    caller: Caller | None = request.scope.get(SCOPE_KEY)
+    if caller is None:
+        return None
+    return "" if caller.anonymous else caller.name
+
+
+def load_key(folder: Path) -> bytes:
+    """The key that signs cookies, made at the first start, for its owner's eyes only.
+
+    Raises:
+        SettingsError: the file is not a key.
+        OSError: it cannot be read or made.
+    """
+    path = folder / KEY_FILE
+    with contextlib.suppress(FileExistsError):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(secrets.token_bytes(KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise SettingsError(
+            f"{path}: got {len(key)} bytes, expected {KEY_BYTES}. Remove it: a new one is made,"
+            " and everybody logs in anew"
+        )
+    if path.stat().st_mode & 0o077:
+        log.warning("%s could be read by others: closed", path)
+        path.chmod(0o600)
+    return key
+
+
+class Throttle:
+    """How many wrong passwords an address may still try: some at once, then one now and again."""
+
+    def __init__(
+        self,
+        tries: int = TRIES,
+        seconds: float = SECONDS_A_TRY,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._tries = tries
+        self._seconds = seconds
+        self._clock = clock
+        self._spent: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tries, and when
+
+    def take(self, address: str) -> float:
+        """Spend a try. Returns 0, or the seconds until there is one to spend."""
+        now = self._clock()
+        spent, then = self._spent.pop(address, (0.0, now))
+        spent = max(0.0, spent - (now - then) / self._seconds)
+        left = self._tries - spent
+        self._spent[address] = (spent + 1 if left >= 1 else spent, now)
+        while len(self._spent) > MAX_ADDRESSES:
+            self._spent.popitem(last=False)
+        return 0.0 if left >= 1 else (1 - left) * self._seconds
+
+    def give_back(self, address: str) -> None:
+        """The password was right: the try cost nothing."""
+        spent, then = self._spent.get(address, (0.0, self._clock()))
+        self._spent[address] = (max(0.0, spent - 1), then)
+
+
+def address_of(request: HTTPConnection) -> str:
+    """The client's address; of IPv6 the network, as one client has all of it."""
+    host = request.client.host if request.client else ""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        if address.version == 6:
+            return str(ipaddress.ip_network((address, 64), strict=False))
+    return host
+
+
+class LoginRefused(Exception):
+    """Nobody is logged in, with this HTTP status; `retry` is in seconds."""
+
+    def __init__(self, status: int, told: str, retry: float = 0.0) -> None:
+        super().__init__(told)
+        self.status = status
+        self.retry = retry
+
+
+class Doors:
+    """Tells who comes. `closed` with an accounts file: then whoever is nobody known stays outside.
+
+    Raises:
+        SettingsError: the accounts file, or the key, cannot be used.
+        OSError: the key cannot be read or made.
+    """
+
+    def __init__(self, settings: Settings, ticket_secret: str) -> None:
+        token = settings.api_token
+        self._accounts = Accounts(settings.auth_file) if settings.auth_file else None
+        self._bearer = f"Bearer {token.get_secret_value()}".encode() if token else None
+        self._ticket_secret = ticket_secret.encode()
+        key = load_key(settings.data_dir)
+        # Servers on one host share their cookies: each has its own names.
+        mark = hashlib.sha256(key).hexdigest()[:8]
+        self.login_cookie = f"mochi-login-{mark}"
+        self.visitor_cookie = f"mochi-visitor-{mark}"
+        self._logins = serializer(key, "login")
+        self._visitors = serializer(key, "visitor")
+        self._throttle = Throttle()
+        self._checks = asyncio.Semaphore(CHECKS_AT_ONCE)
+        self._waiting = 0
+
+    @property
+    def closed(self) -> bool:
+        """Whether one has to log in."""
+        return self._accounts is not None
+
+    def caller(self, connection: HTTPConnection) -> Caller | None:
+        """Who comes; None for a stranger before a closed door."""
+        headers = connection.headers
+        for_ticket = TICKET_PATH.fullmatch(connection.scope["path"])
+        if for_ticket and same(headers.get(SECRET_HEADER), self._ticket_secret):
+            return Caller()
+        if self._bearer is not None and same(headers.get("authorization"), self._bearer):
+            return Caller(MACHINE, admin=True)
+        if self._accounts is not None:
+            return self._logged_in(self._accounts, connection)
+        return Caller(self._visitor(connection) or "")
+
+    def _logged_in(self, accounts: Accounts, connection: HTTPConnection) -> Caller | None:
+        match signed(self._logins, connection.cookies.get(self.login_cookie), LOGIN_SECONDS):
+            case [str(name), str(mark)]:
+                account = accounts.find(name)
+                if account is not None and same(mark, account.password.mark.encode()):
+                    return Caller(name, account.admin)
+        return None
+
+    def _visitor(self, connection: HTTPConnection) -> str | None:
+        cookie = connection.cookies.get(self.visitor_cookie)
+        name = signed(self._visitors, cookie, VISITOR_SECONDS)
+        return name if isinstance(name, str) and name.startswith(ANONYMOUS) else None
+
+    def welcome(self, connection: HTTPConnection) -> str:
+        """The cookie line that makes a browser known, or known for longer, as one visitor."""
+        name = self._visitor(connection) or ANONYMOUS + secrets.token_hex(8)
+        response = Response()
+        self.set_cookie(
+            response, connection, self.visitor_cookie, self._visitors.dumps(name), VISITOR_SECONDS
+        )
+        return response.headers["set-cookie"]
+
+    async def log_in(self, connection: HTTPConnection, name: str, password: str) -> Account:
+        """The account, if name and password are right.
+
+        Raises:
+            LoginRefused: they are not, or too many were tried from this address.
+        """
+        assert self._accounts is not None
+        address = address_of(connection)
+        if self._waiting >= CHECKS_WAITING:
+            raise LoginRefused(503, "too many log in at the moment: try again", 2)
+        if wait := self._throttle.take(address):
+            raise LoginRefused(429, f"too many tries: wait {wait:.0f} seconds", wait)
+        self._waiting += 1
+        try:
+            async with self._checks:
+                account = await asyncio.to_thread(self._accounts.check, name, password)
+        finally:
+            self._waiting -= 1
+        if account is None:
+            log.warning("login refused for %s from %s", shown(name), address)
+            raise LoginRefused(401, "name or password is wrong")
+        self._throttle.give_back(address)
+        log.info("%s logged in from %s", account.name, address)
+        return account
+
+    def remember(self, response: Response, connection: HTTPConnection, account: Account) -> None:
+        """Put the cookie of a login into the response."""
+        value = self._logins.dumps([account.name, account.password.mark])
+        self.set_cookie(response, connection, self.login_cookie, value, LOGIN_SECONDS)
+
+    def set_cookie(
+        self, response: Response, connection: HTTPConnection, name: str, value: str, seconds: int
+    ) -> None:
+        """A cookie that no script reads and no other site's page sends along."""
+        forwarded = connection.headers.get("x-forwarded-proto", "").split(",")[0].strip()
+        secure = "https" in (connection.scope.get("scheme"), forwarded)
+        response.set_cookie(
+            name, value, max_age=seconds, httponly=True, samesite="lax", secure=secure
+        )
+
+
+def same(given: str | None, secret: bytes) -> bool:
+    """Whether a secret was given, in a time that tells nothing of it."""
+    return given is not None and hmac.compare_digest(given.encode("utf-8", "replace"), secret)
+
+
+def serializer(key: bytes, purpose: str) -> URLSafeTimedSerializer:
+    """Signs small JSON values with the time; a value signed for one purpose is no other's."""
+    return URLSafeTimedSerializer(
+        key,
+        salt=f"mochi.{purpose}",
+        signer_kwargs={"key_derivation": "hmac", "digest_method": hashlib.sha256},
+    )
+
+
+def signed(serializer: URLSafeTimedSerializer, cookie: str | None, seconds: int) -> Any:
+    """What was signed; None for anything that was not, or too long ago."""
+    if not cookie or len(cookie) > MAX_COOKIE or not cookie.isascii():
+        return None
+    try:
+        return serializer.loads(cookie, max_age=seconds)
+    except BadData:
+        return None
+
+
+class Guard:
+    """The layer before all routes: finds the caller, and keeps strangers outside a closed door."""
+
+    def __init__(self, app: ASGIApp, doors: Doors) -> None:
+        self.app = app
+        self._doors = doors
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        connection = HTTPConnection(scope)
+        caller = scope[SCOPE_KEY] = self._doors.caller(connection)
+        path, method = scope["path"], scope.get("method")
+        if caller is None and path not in OPEN_PATHS:
+            await self._refuse(scope, receive, send)
+        elif path == "/" and method == "GET" and not self._doors.closed:
+            await self.app(scope, receive, self._welcoming(connection, send))
+        else:
+            await self.app(scope, receive, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        elif scope["path"] == "/" and scope["method"] in ("GET", "HEAD"):
+            job = HTTPConnection(scope).query_params.get("job", "")
+            back = f"?job={job}" if JOB_ID.fullmatch(job) else ""
+            await RedirectResponse(f"login{back}", 303)(scope, receive, send)
+        else:
+            told = "log in at /login, or send the header Authorization: Bearer with the API token"
+            await refusal(401, told, www_authenticate="Bearer")(scope, receive, send)
+
+    def _welcoming(self, connection: HTTPConnection, send: Send) -> Send:
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 200:
+                MutableHeaders(scope=message).append("set-cookie", self._doors.welcome(connection))
+            await send(message)
+
+        return sending
+
+
+def add_login(app: FastAPI, doors: Doors) -> None:
+    """Put /login and /logout onto the parent app; before Gradio, which has its own."""
+    router = APIRouter()
+
+    @router.get("/login")
+    async def show(request: Request, job: str = "") -> Response:
+        """The form; for whom it is not, the page itself."""
+        if not is_stranger(request):
+            return RedirectResponse(page_url(job), 303)
+        return login_page(job)
+
+    @router.post("/login")
+    async def log_in(request: Request) -> Response:
+        """Check name and password; a browser gets the page, a program `{"success": true}`."""
+        browser = "text/html" in request.headers.get("accept", "")
+        try:
+            form = parse_form(await request.body())
+            job = form.get("job", "")
+            answer: Response = JSONResponse({"success": True})
+            if browser:
+                answer = RedirectResponse(page_url(job), 303)
+            if doors.closed:
+                name, password = form.get("username", "").strip(), form.get("password", "")
+                doors.remember(answer, request, await doors.log_in(request, name, password))
+            return answer
+        except LoginRefused as refused:
+            retry = {"retry-after": f"{refused.retry:.0f}"} if refused.retry else {}
+            if browser:
+                return login_page(job, str(refused), refused.status, retry)
+            return JSONResponse({"detail": str(refused)}, refused.status, retry)
+
+    @router.api_route("/logout", methods=["GET", "POST"])
+    async def log_out() -> Response:
+        """Forget the login."""
+        answer = RedirectResponse("login" if doors.closed else "./", 303)
+        answer.delete_cookie(doors.login_cookie, httponly=True, samesite="lax")
+        return answer
+
+    app.include_router(router)
+
+
+def parse_form(body: bytes) -> dict[str, str]:
+    """The fields of a form, the first of a name winning; none when it is no form."""
+    try:
+        fields = parse_qs(body.decode("utf-8"), keep_blank_values=True, max_num_fields=8)
+    except ValueError:
+        return {}
+    return {name: values[0][: MAX_PASSWORD + 1] for name, values in fields.items()}
+
+
+def page_url(job: str) -> str:
+    """The page, with the job that was asked for; relative, as the app may live under a prefix."""
+    return f"./?job={job}" if JOB_ID.fullmatch(job) else "./"
+
+
+def login_page(
+    job: str, problem: str = "", status: int = 200, headers: dict[str, str] | None = None
+) -> HTMLResponse:
+    """The form, with what went wrong."""
+    text = LOGIN_PAGE.substitute(
+        job=html.escape(job if JOB_ID.fullmatch(job) else ""),
+        problem=html.escape(problem),
+        hidden="" if problem else "hidden",
+    )
+    return HTMLResponse(text, status, {"cache-control": "no-store"} | (headers or {}))
