@@ -18,6 +18,7 @@ import pytest
 from playwright import sync_api
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
+from mochi_app import accounts
 from tests.serving import Served, poll
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
@@ -237,9 +238,13 @@ def test_a_running_job_is_seen_from_elsewhere_and_stopped(server: str, open_page
 
     other = open_page(f"{server}?job={running}")
     expect(other.locator(f"{TILE} .m-stage")).to_have_text(re.compile(r"step \d+ of 512"))
+    expect(other.locator("[data-action=stop]")).to_be_disabled()  # another browser's
     page.locator("[data-action=stop]").click()
     expect(tile(page, "Preview").locator(".m-badge")).to_have_text("Stopped")
-    other.locator("[data-action=stop]").click()
+    tab = page.context.new_page()
+    tab.goto(f"{server}?job={running}")
+    tab.locator("[data-action=stop]").click()
+    expect(tile(tab, "Preview").locator(".m-badge")).to_have_text("Stopped")
     expect(tile(other, "Preview").locator(".m-badge")).to_have_text("Stopped")
     expect(other.locator("[data-action=retry]")).to_be_visible()
     expect(other.locator("#mochi-status")).to_contain_text("0 running · 0 waiting")
@@ -281,7 +286,10 @@ def test_star_delete_undo_trash_and_restore(open_page: Open) -> None:
 
 
 def test_markup_and_marks_in_a_prompt_stay_text(open_page: Open) -> None:
-    prompt = '<img src=x onerror="window.harmed=1"> \u202eright to left\u202c <b>bold</b> שלום'
+    prompt = (
+        '<img src=x onerror="window.harmed=1"> \u202eright to left\u202c <b>bold</b> שלום'
+        " **bold** [link](javascript:alert(1)) \x1b[31mred"
+    )
     page = open_page()
     generate(page, prompt, Steps=2)
     playing(page, "Preview")
@@ -290,7 +298,8 @@ def test_markup_and_marks_in_a_prompt_stay_text(open_page: Open) -> None:
     expect(card.locator("a")).to_have_attribute("aria-current", "true")
     assert card.locator(".m-card-prompt").text_content() == prompt
     assert page.evaluate("window.harmed") is None
-    assert page.locator("#mochi-panel b, #mochi-gallery b").count() == 0
+    marks = ":is(#mochi-panel, #mochi-gallery) :is(b, strong, img[src=x], a[href^=javascript])"
+    assert page.locator(marks).count() == 0
 
 
 def test_a_refusal_is_told_and_nothing_typed_is_lost(open_page: Open) -> None:
@@ -356,3 +365,50 @@ def test_narrow_pages_do_not_scroll_sideways(open_page: Open, scheme: str) -> No
     page.locator("#mochi-gallery .m-gallery").scroll_into_view_if_needed()
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
+
+
+def test_logging_in_and_whose_job_it_is(tmp_path: Path, browser: Browser, watch: Watch) -> None:
+    watch.expected = ("401",)  # a wrong password, and the look of a page that is logged out
+    people = tmp_path / "accounts"
+    for name in ("ann", "bob"):
+        accounts.add(people, name, f"{name}'s password", admin=False)
+    program = ("-m", "tests.faults.server", "ok")
+    served = Served(tmp_path / "data", program=program, MOCHI_AUTH_FILE=str(people)).start()
+    contexts: list[BrowserContext] = []
+
+    def enter(name: str, password: str, job: str = "") -> Page:
+        contexts.append(browser.new_context())
+        contexts[-1].set_default_timeout(PATIENCE * 1000)
+        watch.follow(contexts[-1])
+        page = contexts[-1].new_page()
+        page.goto(f"{served.url}/{job}")
+        page.fill("[name=username]", name)
+        page.fill("[name=password]", password)
+        page.click("button")
+        return page
+
+    try:
+        page = enter("ann", "a guess")
+        expect(page.locator("[role=alert]")).to_have_text("name or password is wrong")
+        page.fill("[name=username]", "ann")
+        page.fill("[name=password]", "ann's password")
+        page.click("button")
+        expect(page.locator(".m-who")).to_have_text("ann")
+        job = generate(page, "slow", Steps=400)
+        expect(tile(page, "Preview").locator(".m-facts")).to_contain_text("Byann")
+        other = enter("bob", "bob's password", f"?job={job}")
+        stop = other.locator("[data-action=stop]")
+        expect(stop).to_be_disabled()
+        expect(stop).to_have_attribute("title", "Only ann or an admin can do this")
+        expect(other.locator(f"{CARD} .m-card-when").first).to_contain_text("ann")
+        page.locator("[data-action=stop]").click()
+        expect(tile(other, "Preview").locator(".m-badge")).to_have_text("Stopped")
+        accounts.remove(people, "bob")
+        other.evaluate("Mochi.reconnect()")
+        expect(other.locator("#mochi-status")).to_contain_text("You are logged out")
+        page.get_by_role("button", name="Log out").click()
+        expect(page.locator("[name=username]")).to_be_visible()
+    finally:
+        for context in contexts:
+            context.close()
+        served.end()
