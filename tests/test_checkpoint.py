@@ -55,7 +55,8 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(loras: Path) -> Iterator[Engine]:
     threads = torch.get_num_threads()
-    yield pipeline.load(replace(CONFIG, threads=1, lora_dir=str(loras)), lambda message: None)
+    config = replace(CONFIG, threads=1, lora_dir=str(loras), scratch=str(loras))
+    yield pipeline.load(config, lambda message: None)
     torch.set_num_threads(threads)
 
 
@@ -418,10 +419,11 @@ def test_without_checkpoints_nothing_is_written_or_read(
     assert file.stat().st_mtime_ns == before
 
 
-def test_a_cached_engine_has_no_checkpoints(engine: Engine) -> None:
+def test_a_cached_engine_has_no_checkpoints(engine: Engine, tmp_path: Path) -> None:
     """A cache is carried from step to step, and no checkpoint has it."""
     assert engine._facts is not None
-    cached = pipeline.load(replace(CONFIG, threads=1, cache_threshold=0.1), lambda message: None)
+    config = replace(CONFIG, threads=1, cache_threshold=0.1, scratch=str(tmp_path))
+    cached = pipeline.load(config, lambda message: None)
     assert cached._facts is None
 
 
