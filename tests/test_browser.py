@@ -394,7 +394,7 @@ def test_logging_in_and_whose_job_it_is(tmp_path: Path, browser: Browser, watch:
         page.fill("[name=password]", "ann's password")
         page.click("button")
         expect(page.locator(".m-who")).to_have_text("ann")
-        job = generate(page, "slow", Steps=400)
+        job = generate(page, "slow", Steps=512)
         expect(tile(page, "Preview").locator(".m-facts")).to_contain_text("Byann")
         other = enter("bob", "bob's password", f"?job={job}")
         stop = other.locator("[data-action=stop]")

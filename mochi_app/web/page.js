@@ -113,7 +113,7 @@
 
   const parts = {}; // name → {element, server, trigger, props} of each gr.HTML part
   const live = { snapshot: null, jobs: new Map(), receivedAt: 0, connected: null };
-  const me = { name: "", admin: false, login: false }; // who looks at the page
+  const me = { name: null, admin: false, login: false }; // who looks at the page, once that is known
   const shown = {
     jobId: null, // what ?job= says
     preview: null,
@@ -123,7 +123,7 @@
   };
 
   /** Whether a job is ours to stop and delete. The server decides; this only saves a refusal. */
-  const mine = (job) => me.admin || !job.owner || job.owner === me.name;
+  const mine = (job) => me.name === null || me.admin || !job.owner || job.owner === me.name;
 
   function notMine(job) {
     return me.login ? `Only ${job.owner} or an admin can do this` : "Asked for in another browser";
@@ -245,7 +245,7 @@
     },
 
     render() {
-      setText(this.who, me.name);
+      setText(this.who, me.name ?? "");
       this.logout.hidden = !me.login;
       this.login.hidden = !live.loggedOut;
       if (live.connected === false) {
@@ -438,7 +438,7 @@
 
     actionsKey(job) {
       const enhance = job.enhanced ? "" : (shown.enhance?.status ?? "none");
-      return [job.status, job.starred, job.cancel_requested, job.video_url, enhance, mine(job)].join();
+      return [job.status, job.starred, job.cancel_requested, job.video_url, enhance, me.name].join();
     }
 
     showActions(job) {
