@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import time
@@ -77,13 +78,14 @@ async def test_a_slot_that_never_comes_up_is_broken_with_its_cause(
 async def test_a_group_on_which_no_job_succeeds_is_broken(make_pool: MakePool) -> None:
     pool = await make_pool(slots="cpu*2", broken_after=2, restart_backoff_max=60)
     supervised = pool.slots[0]
+    names = map(str, itertools.count())
 
     async def fail_once(prompt: str) -> None:
         await eventually(lambda: supervised.ready)
 
         async def work(slot: Slot) -> bool:
             with pytest.raises(JobFailed):
-                await slot.run(request(prompt), lambda event: None)
+                await slot.run(request(prompt, next(names)), lambda event: None)
             return not slot.dying
 
         restarts = supervised.restarts
