@@ -43,6 +43,8 @@ from mochi_app.web.guards import (
     SecurityHeaders,
     WholeStreams,
 )
+from mochi_app.web.limits import StreamLimits
+from mochi_app.web.queue import use_studio_queue
 from mochi_app.web.routes import add_routes, explain_bad_calls
 
 log = logging.getLogger("mochi_app")
@@ -63,12 +65,22 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
     with gr.Blocks(title="Mochi", analytics_enabled=False) as demo:
         ui.build(studio)
         Api(studio, ticket_secret).mount()
-    demo.max_threads = MAX_THREADS
-    demo.queue(api_open=False, status_update_rate=STATUS_UPDATE_SECONDS, max_size=None)
+    queue = use_studio_queue(
+        demo, max_threads=MAX_THREADS, update_seconds=STATUS_UPDATE_SECONDS, api_open=False
+    )
+    studio.checks.append(lambda: queue.problem)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        tickets = Tickets(app, ticket_secret, lambda: studio.tickets_needed, studio.changed)
+        tickets = Tickets(
+            app,
+            ticket_secret,
+            lambda: studio.tickets_needed,
+            studio.changed,
+            starving=lambda: studio.starving,
+            on_stall=queue.restart,
+        )
+        studio.checks.append(lambda: tickets.problem)
         async with contextlib.AsyncExitStack() as ending:  # last in, first out, whatever one raises
             ending.push_async_callback(studio.history.close)
             ending.push_async_callback(studio.stop)
@@ -94,6 +106,12 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
         **ui.page_options(),
     )
     explain_bad_calls(app)
+    app.add_middleware(
+        StreamLimits,
+        queue=queue,
+        ticket_secret=ticket_secret,
+        most_unread=studio.settings.max_unread,
+    )
     put_up_doors(app, doors, studio.settings)
     return app
 
@@ -161,6 +179,8 @@ async def serve(settings: Settings, engine_command: Sequence[str] = ENGINE_COMMA
         port=server_port(),
         log_config=None,  # its lines go the way of ours
         log_level="warning",
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=settings.trusted_proxies,
         timeout_graceful_shutdown=CONNECTION_GRACE_SECONDS,
     )
     log.info("serving http://%s:%d with model %s", config.host, config.port, settings.model)

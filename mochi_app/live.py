@@ -38,16 +38,27 @@ class Live:
 class LiveJobs:
     """The claimed jobs of this server, by id, and the measured speeds that ETAs come from.
 
-    `waiting` answers with the jobs that wait for a slot, oldest first.
+    `waiting` answers with the jobs that wait for a slot, oldest first; `lacks` with the reason why
+    such a job could not start even if there was one; `has_video` knows by id whose video is there.
     """
 
-    def __init__(self, history: History, pool: Pool, waiting: Callable[[], list[Job]]) -> None:
+    def __init__(
+        self,
+        history: History,
+        pool: Pool,
+        waiting: Callable[[], list[Job]],
+        *,
+        lacks: Callable[[Job], str | None],
+        has_video: Callable[[str], bool],
+    ) -> None:
         self.claimed: set[str] = set()
         self.jobs: dict[str, Live] = {}
         self.speeds = scheduling.Speeds()
         self._history = history
         self._pool = pool
         self._waiting = waiting
+        self._lacks = lacks
+        self._has_video = has_video
         self._places: dict[str, scheduling.Place] = {}
         self._places_key: tuple[int, int] | None = None
         self._moves = 0  # jobs that came to the queue or left it
@@ -83,6 +94,8 @@ class LiveJobs:
         place = self._place(job)
         there = job.status is JobStatus.COMPLETED and job.deleted_at is None
         done = job.status is JobStatus.COMPLETED
+        missing = there and job.evicted_at is None and not self._has_video(job.id)
+        video = there and job.evicted_at is None and not missing
         return job.to_record() | {
             "enhanced": job.enhanced,
             "steps": job.num_inference_steps,
@@ -94,7 +107,9 @@ class LiveJobs:
             "cancel_requested": bool(live and live.cancel_requested),
             "position": place.position if place else None,
             "eta_seconds": self._eta(job, live, place),
-            "video_url": f"/files/{job.id}" if there and job.evicted_at is None else None,
+            "waits_for": self._lacks(job) if job.status is JobStatus.PENDING else None,
+            "video_missing": missing,
+            "video_url": f"/files/{job.id}" if video else None,
             "poster_url": f"/files/{job.id}/poster" if there and job.poster else None,
         }
 

@@ -100,14 +100,37 @@ class MediaStore:
             self._sizes[job_id] = size
         return targets[1].name, targets[0].name
 
+    def scratch_size(self, slot: int, name: str) -> int:
+        """Bytes of a file in the slot's scratch folder. Raises as `finalise`."""
+        return inside(self._scratch(slot), name).stat().st_size
+
+    def tidy(self, slot: int, job_id: str) -> None:
+        """Remove what an ended run of the job left in the slot's scratch folder, whole or torn.
+
+        What the disk refuses to remove is left to the next start.
+        """
+        with contextlib.suppress(OSError):
+            for path in self._scratch(slot).glob(f"*{parse_job_id(job_id)}*"):
+                path.unlink(missing_ok=True)
+
+    def has_video(self, job_id: str) -> bool:
+        """Whether the job's video was in place when somebody looked last; asks no disk."""
+        return job_id in self._sizes
+
     def video_path(self, job_id: str) -> Path | None:
-        """The job's video, or None if there is none.
+        """The job's video, or None if there is none; what others did to the file is noticed here.
 
         Raises:
             RequestError: not a job id.
         """
         path = self._video(parse_job_id(job_id))
-        return path if path.is_file() else None
+        with self._lock:
+            try:
+                self._sizes[job_id] = path.stat().st_size
+            except FileNotFoundError:
+                self._sizes.pop(job_id, None)
+                return None
+        return path
 
     def poster_path(self, job_id: str) -> Path | None:
         """The job's poster, or None if there is none.
@@ -211,6 +234,19 @@ class MediaStore:
         """Ids of the jobs whose video is in place, oldest first."""
         with self._lock:
             return sorted(self._sizes)
+
+    def poster_ids(self) -> list[str]:
+        """Ids of the jobs that have a poster."""
+        return sorted(
+            name.removesuffix(POSTER_SUFFIX)
+            for name in os.listdir(self.posters)
+            if is_job_file(name, POSTER_SUFFIX)
+        )
+
+    def strays(self) -> list[str]:
+        """Names in the folder of videos that are no job's video."""
+        names = sorted(os.listdir(self.videos))
+        return [name for name in names if not is_job_file(name, VIDEO_SUFFIX)]
 
     def withheld_ids(self) -> list[str]:
         """Ids of the jobs whose video is withheld, oldest first."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,6 +121,24 @@ def parse_origins(value: Any) -> Any:
 
 ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|(\*\.)?[a-z0-9._-]+)(:[0-9]{1,5})?")
 Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_origins)]
+
+
+def addresses(value: str) -> str:
+    """The addresses and networks, as uvicorn reads them.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    for part in filter(None, map(str.strip, value.split(","))):
+        try:
+            if part != "*":
+                ip_network(part)
+        except ValueError:
+            expected = "expected addresses or networks such as 10.0.0.1 or 10.0.0.0/8, or *"
+            raise ValueError(f"{part!r}: {expected}") from None
+    return value.strip()
+
+
 Steps = Annotated[int, Field(ge=2, le=512)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -176,6 +195,19 @@ class Settings(BaseSettings):
     )
     max_watchers: int = Field(
         default=256, ge=1, le=448, description="`/generate` calls that may wait at a time."
+    )
+    max_unread: int = Field(
+        default=250,
+        ge=1,
+        le=700,
+        description="API posts from one address whose event stream nobody has opened; one more is "
+        "answered with 429 until some are read or a minute old. Reading your answers is no limit.",
+    )
+    trusted_proxies: Annotated[str, AfterValidator(addresses)] = Field(
+        default="",
+        description="Addresses or networks of proxies whose `X-Forwarded-For` is believed, with "
+        "commas between them; `*` believes anybody's. Without it all who come through a proxy "
+        "count as one address.",
     )
     quota_gib: float = Field(
         default=200,

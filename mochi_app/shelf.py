@@ -81,19 +81,32 @@ class Shelf:
         self._changed.beat()
         return True
 
+    async def purge_next(self) -> bool:
+        """Remove the job that is in the trash longest, for good; False when the trash is empty."""
+        async with self._changing:
+            return await self._purge_next()
+
+    async def _purge_next(self) -> bool:
+        trashed = min(self._history.trashed(), key=lambda job: job.deleted_at or 0, default=None)
+        return trashed is not None and await self._purge(trashed.id, time.time())
+
     async def enforce_quota(self) -> None:
-        """Make room: the trash goes first, then the oldest unstarred videos, not their records."""
-        while self._media.total_bytes() > self.quota_bytes:
+        """Keep the videos within the quota, as far as that is possible."""
+        await self.make_room(0)
+
+    async def make_room(self, size: int) -> None:
+        """Have `size` more bytes fit the quota: the trash goes first, then the oldest unstarred
+        videos, not their records. What is starred stays, though the quota be exceeded."""
+        while self._media.total_bytes() + size > self.quota_bytes:
             async with self._changing:
-                if not await self._remove_next():
+                if not (await self._purge_next() or await self._evict_next()):
                     return
 
-    async def _remove_next(self) -> bool:
-        """Remove what the quota can best do without; False when there is nothing."""
-        trashed = min(self._history.trashed(), key=lambda job: job.deleted_at or 0, default=None)
-        if trashed is not None:
-            return await self._purge(trashed.id, time.time())
-        for job in self._history.evictable(1):
+    async def _evict_next(self) -> bool:
+        """Remove the oldest unstarred video that is there; False when there is none."""
+        for job in self._history.evictable():
+            if not self._media.has_video(job.id):
+                continue  # gone by other hands: removing it makes no room
             log.info("job %s: video evicted, the quota is full", job.id)
             job = await self._history.update(job.id, evicted)
             if job.evicted_at is not None:

@@ -44,6 +44,7 @@ from mochi_app.loras import lora_names
 from mochi_app.media import MediaError, MediaStore
 from mochi_app.metrics import Metrics
 from mochi_app.pulse import Pulse
+from mochi_app.room import DISK_FULL, Room, video_bytes
 from mochi_app.settings import ModelDefaults, Patience, Settings
 from mochi_app.shelf import Shelf
 
@@ -55,8 +56,8 @@ MAX_REASON_CHARS = 300
 MAX_PAGE_SIZE = 100
 MAX_QUERY_CHARS = 200
 JANITOR_SECONDS = 60.0
-FREE_DISK_MARGIN = 256 << 20  # bytes
-BYTES_PER_PIXEL_FRAME = 0.25  # more than any video at our quality has needed
+JANITOR_RETRY_SECONDS = 5.0  # after a failure, of a full disk for one
+ROOM_SECONDS = 2.0  # between looks at a disk that is too full for the next job
 SPEED_SAMPLE = 20  # finished jobs that teach the speeds at start
 # What an enhance takes over from its preview.
 INHERITED = (
@@ -87,15 +88,19 @@ class Studio:
         self.backups = Backups(
             settings.data_dir, hours=settings.backup_hours, kept=settings.backups_kept
         )
-        self.live = LiveJobs(history, pool, lambda: self.waiting)
+        self.live = LiveJobs(
+            history, pool, lambda: self.waiting, lacks=self._lack, has_video=media.has_video
+        )
         self.shelf = Shelf(history, media, self.changed, int(settings.quota_gib * 2**30))
         self.metrics = Metrics(history, media, self.shelf, pool)
+        self.room = Room(media)
+        self.checks: list[Callable[[], str | None]] = []  # other parts' reasons in `health`
         self._ids = JobIds(last=history.last_id)
         self._withdrawn: set[str] = set()
         self._janitor: asyncio.Task[None] | None = None
         self._housework = asyncio.Event()  # set when the janitor should not wait for its hour
         self._enhancing = asyncio.Lock()
-        self._accepting = 0  # submits between the look at the backlog and their record
+        self._accepting: list[Job] = []  # between the look at the backlog and their record
         self._turns = 0  # tickets that see a run to its end
         pool.on_change = self.changed.beat
 
@@ -151,6 +156,22 @@ class Studio:
             found = self.history.get(job_id)
             if found is not None and found.deleted_at is None:
                 await asyncio.to_thread(self.media.unwithhold, job_id)
+        await self._tell_of_strays()
+
+    async def _tell_of_strays(self) -> None:
+        """Remove posters of jobs that have no video, and log what does not fit together."""
+        for job_id in await asyncio.to_thread(self.media.poster_ids):
+            found = self.history.get(job_id)
+            if found is not None and found.status is not JobStatus.COMPLETED:
+                await asyncio.to_thread(self.media.remove, job_id)
+        strays = await asyncio.to_thread(self.media.strays)
+        if strays:
+            log.warning("%d files in videos are not the app's; left: %s", len(strays), strays[:5])
+        made = self.history.with_status(JobStatus.COMPLETED)
+        there = self.media.has_video
+        missing = [job.id for job in made if job.evicted_at is None and not there(job.id)]
+        if missing:
+            log.error("the videos of %d jobs are gone from the disk: %s", len(missing), missing[:5])
 
     async def _mend_ownerless(self) -> None:
         """Adopt or requeue jobs that are PROCESSING on paper only: their server died, or the
@@ -191,7 +212,8 @@ class Studio:
                 self.live.forget_ended()
             except Exception:
                 log.exception("housekeeping failed; it is tried again")
-                await asyncio.sleep(STORE_PAUSE_SECONDS)
+                await asyncio.sleep(JANITOR_RETRY_SECONDS)
+                self._housework.set()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._housework.wait(), JANITOR_SECONDS)
             self._housework.clear()
@@ -267,16 +289,16 @@ class Studio:
 
     async def _accept(self, job: Job, drawn: frozenset[str]) -> Job:
         known = job.request_id and self.history.find_request(job.owner, job.request_id)
-        self._accepting += 1
+        self._accepting.append(job)
         try:
             if not known:
                 await self._require_room(job)
-            job = replace(job.moved(JobStatus.PENDING), model=self.settings.model_name)
-            job = await self.history.add(job, drawn=drawn)
+            record = replace(job.moved(JobStatus.PENDING), model=self.settings.model_name)
+            accepted = await self.history.add(record, drawn=drawn)
         finally:
-            self._accepting -= 1
+            self._accepting.remove(job)
         self._queue_moved()
-        return job
+        return accepted
 
     def _queue_moved(self) -> None:
         self.live.queue_moved()
@@ -286,22 +308,36 @@ class Studio:
         if self.stopping:
             raise RequestError("the server is stopping: ask again in a moment")
         waiting = self.history.count(JobStatus.PENDING)
-        if waiting + self._accepting > self.settings.max_pending:
+        if waiting + len(self._accepting) > self.settings.max_pending:
             raise RequestError(
                 f"{waiting} jobs are waiting, the most this server takes: ask again later"
             )
-        needed = FREE_DISK_MARGIN + int(scheduling.volume(job) * BYTES_PER_PIXEL_FRAME)
-        free = await asyncio.to_thread(self.media.free_bytes)
-        if free < needed:
+        while (lack := await self._look(job)) is not None:
+            if not await self.shelf.purge_next():
+                raise RequestError(f"{lack}: delete videos or free the disk")
+        promised = sum(video_bytes(one) for one in self._accepted())
+        full = self.media.total_bytes() + promised > self.shelf.quota_bytes
+        if full and not self.history.evictable(1):
             raise RequestError(
-                f"the disk has {free / 2**30:.1f} GiB free, this video needs"
-                f" {needed / 2**30:.1f} GiB: delete videos or free the disk"
+                f"the quota of {self.settings.quota_gib:g} GiB is full of starred videos and of"
+                " jobs that wait: unstar or delete some"
             )
-        if self.media.total_bytes() >= self.shelf.quota_bytes and not self.history.evictable(1):
-            raise RequestError(
-                f"the quota of {self.settings.quota_gib:g} GiB is full of starred videos:"
-                " unstar or delete some"
-            )
+
+    def _accepted(self) -> list[Job]:
+        """All jobs whose video has yet to be written, also those that are just being accepted."""
+        jobs = self.history.with_status(JobStatus.PENDING, JobStatus.PROCESSING)
+        known = {job.id for job in jobs}
+        return jobs + [job for job in self._accepting if job.id not in known]
+
+    async def _look(self, job: Job) -> str | None:
+        """Measure the disk; why a new job does not fit beside all that were accepted."""
+        await self.room.look()
+        return self.room.lack(job, (one for one in self._accepted() if one.id != job.id))
+
+    def _lack(self, job: Job) -> str | None:
+        """Why the disk does not let a waiting job start beside those that run."""
+        running = (self.history.get(job_id) for job_id in self.live.claimed)
+        return self.room.lack(job, (one for one in running if one is not None))
 
     def find(self, job_id: Any) -> Job:
         """The job, unless it is in the trash.
@@ -471,10 +507,13 @@ class Studio:
         the run.
         """
         count = self.changed.count
-        while (pair := self._claim()) is None:
+        while (pair := await self._next_pair()) is None:
             if self.stopping or not self.waiting:
                 return None
-            count = await self.changed.after(count)
+            # Room comes without a word: from outside, or by a video that was smaller than feared.
+            pause = ROOM_SECONDS if self.waits_for_room else None
+            with contextlib.suppress(TimeoutError):
+                count = await asyncio.wait_for(self.changed.after(count), pause)
         slot, job = pair
         with about(slot=slot.slot.index, job=job.id):
             run = self.pool.run(slot, lambda slot: self._execute(slot, job))
@@ -485,12 +524,44 @@ class Studio:
             self._turns -= 1
         return job.id
 
+    @property
+    def starving(self) -> bool:
+        """Whether a slot is ready for a job that waits, and no turn brings them together."""
+        ready = self.pool.ready_slot() is not None and not self.stopping
+        return ready and any(self._lack(job) is None for job in self.waiting)
+
+    @property
+    def waits_for_room(self) -> str | None:
+        """Why no waiting job can start, though a slot may be ready: the disk."""
+        reason = None
+        for job in self.waiting:
+            if (lack := self._lack(job)) is None:
+                return None
+            reason = reason or lack
+        return reason
+
+    async def _next_pair(self) -> tuple[SupervisedSlot, Job] | None:
+        if self.pool.ready_slot() is None or not self.waiting:
+            return None
+        before = self.waits_for_room
+        while True:
+            await self.room.look()
+            pair = self._claim()
+            short = None if pair else self.waits_for_room
+            if not short or not await self.shelf.purge_next():
+                break
+        if short and not before:
+            log.error("no job is started: %s", short)
+            self.changed.beat()
+        return pair
+
     def _claim(self) -> tuple[SupervisedSlot, Job] | None:
         """Choose and claim in one breath: no await in here."""
         slot = self.pool.ready_slot()
         if slot is None or self.stopping:
             return None
-        job = scheduling.next_job(self.waiting, self.live.speeds.run_seconds)
+        fitting = [job for job in self.waiting if self._lack(job) is None]
+        job = scheduling.next_job(fitting, self.live.speeds.run_seconds)
         if job is None:
             return None
         self.live.claim(job.id)
@@ -521,6 +592,7 @@ class Studio:
         except HistoryError as error:
             log.error("job %s: its record could not be written: %s", job.id, error)
             await asyncio.sleep(STORE_PAUSE_SECONDS)
+            self._housework.set()
             return True
         finally:
             self.live.release(job.id)
@@ -529,22 +601,15 @@ class Studio:
 
     async def _attempt(self, slot: Slot, job: Job, live: Live) -> bool:
         try:
-            if live.cancel_requested:
-                raise JobCancelled
-            live.slot = slot.index
-            # One that is dying by now dies of something older than this job
-            live.blameless = slot.dying or slot.state is not SlotState.READY
-            done = await slot.run(
-                self._request(job), lambda event: self._hear(live, event), self._patience(job)
-            )
-            video, poster = await asyncio.to_thread(
-                self.media.finalise, job.id, slot.index, done.video, done.poster
-            )
+            done, video, poster = await self._make(slot, job, live)
         except JobCancelled:
             await self._record(job.id, cancelled)
             return True
         except JobFailed as error:
-            await self._fail(job, str(error))
+            if error.disk_full:
+                await self._disk_full(job, str(error))
+            else:
+                await self._fail(job, str(error))
             return not slot.dying
         except SlotDied as error:
             live.blameless = live.blameless or slot.blameless or self.stopping
@@ -552,7 +617,10 @@ class Studio:
             return False
         except (OSError, MediaError) as error:
             log.exception("job %s: its video could not be kept", job.id)
-            await self._fail(job, f"the video could not be kept: {reason_of(error)}")
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                await self._disk_full(job, reason_of(error))
+            else:
+                await self._fail(job, f"the video could not be kept: {reason_of(error)}")
             return True
         job = await self._record(
             job.id,
@@ -569,8 +637,6 @@ class Studio:
         self.live.speeds.observe(job)
         self.metrics.completed(job)
         log.info("completed in %.1f s", sum(done.seconds.values()))
-        if self.media.total_bytes() > self.shelf.quota_bytes:
-            self._housework.set()
         return True
 
     async def _record(self, job_id: str, change: Callable[[Job], Job]) -> Job:
@@ -583,6 +649,36 @@ class Studio:
                     raise
             await asyncio.sleep(STORE_PAUSE_SECONDS)
 
+    async def _make(self, slot: Slot, job: Job, live: Live) -> tuple[messages.Done, str, str]:
+        """Run the job and put its files in place: what the rank says, names of video and poster.
+
+        Whatever this raises, nothing of the run is left in the slot's scratch folder.
+        """
+        try:
+            if live.cancel_requested:
+                raise JobCancelled
+            live.slot = slot.index
+            # One that is dying by now dies of something older than this job
+            live.blameless = slot.dying or slot.state is not SlotState.READY
+            done = await slot.run(
+                self._request(job), lambda event: self._hear(live, event), self._patience(job)
+            )
+            await self._make_room(
+                await asyncio.to_thread(self.media.scratch_size, slot.index, done.video)
+            )
+            video, poster = await asyncio.to_thread(
+                self.media.finalise, job.id, slot.index, done.video, done.poster
+            )
+            return done, video, poster
+        finally:
+            await asyncio.to_thread(self.media.tidy, slot.index, job.id)
+
+    async def _make_room(self, size: int) -> None:
+        try:
+            await self.shelf.make_room(size)
+        except (HistoryError, OSError) as error:  # the janitor tries again; the video comes first
+            log.error("no room was made under the quota: %s", error)
+
     async def _fail(self, job: Job, error: str) -> None:
         log.warning("job %s failed: %s", job.id, error)
         await self._record(
@@ -591,6 +687,17 @@ class Studio:
                 JobStatus.FAILED, completed_processing_at=time.time(), error=error
             ),
         )
+
+    async def _disk_full(self, job: Job, error: str) -> None:
+        """The disk filled up under a running job: once more, when it has room."""
+        if job.attempts < MAX_ATTEMPTS:
+            reason = "the disk filled up while its video was written"
+            log.error("job %s: %s; queued again: %s", job.id, reason, error)
+            await self._record(job.id, lambda job: job.moved(JobStatus.PENDING, error=reason))
+        else:
+            await self._fail(
+                job, f"the disk was full {job.attempts} times: free it and ask again ({error})"
+            )
 
     async def _interrupted(self, job: Job, live: Live, reason: str) -> None:
         """The slot is gone: once more from the queue, unless the job is poison to slots.
@@ -715,6 +822,7 @@ class Studio:
         if self.history.problem is not None:
             reasons.append(without_folders(self.history.problem))
         warnings = [self.backups.problem] if self.backups.problem is not None else []
+        reasons += filter(None, [self.waits_for_room, *(check() for check in self.checks)])
         slots = [slot.describe() for slot in self.pool.slots]
         return {"ok": not reasons, "reasons": reasons, "warnings": warnings, "slots": slots}
 

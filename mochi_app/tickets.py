@@ -3,7 +3,8 @@
 A ticket calls the endpoint `engine_turn` in process (httpx over ASGI, no socket) with a secret
 header, and reads the event stream to its end; Gradio's queue lets as many run as there are slots.
 Tickets carry no job: the studio decides what a granted one runs. Whatever happens to one, the
-reconciler posts another as long as the studio needs it.
+reconciler posts another as long as the studio needs it. A watch looks for what no single ticket
+can know: a slot and a job that wait for each other, so that no ticket was granted for long.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Callable
 
 import httpx
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 SECRET_HEADER = "x-mochi-ticket"
 ENDPOINT = "engine_turn"
 RETRY_SECONDS = 1.0
+WATCH_SECONDS = 1.0
+STALL_SECONDS = 10.0  # a ready slot and a job meet within milliseconds when all is well
 
 
 class TicketError(RuntimeError):
@@ -33,8 +37,17 @@ class Tickets:
     """Keeps as many tickets queued or granted as `needed()` says, looking at every beat."""
 
     def __init__(
-        self, app: ASGIApp, secret: str, needed: Callable[[], int], changed: Pulse
+        self,
+        app: ASGIApp,
+        secret: str,
+        needed: Callable[[], int],
+        changed: Pulse,
+        *,
+        starving: Callable[[], bool] = lambda: False,
+        on_stall: Callable[[str], None] = lambda reason: None,
     ) -> None:
+        """`starving()` says whether a ready slot has no turn although a job waits; when it has
+        said so for a while, `on_stall(reason)` is called and all tickets are posted anew."""
         self._client = httpx.AsyncClient(
             transport=httpx.ASGITransport(app=app),
             base_url="http://127.0.0.1",
@@ -43,17 +56,23 @@ class Tickets:
         )
         self._needed = needed
         self._changed = changed
+        self._starving = starving
+        self._on_stall = on_stall
         self._live: set[asyncio.Task[None]] = set()
-        self._reconciler: asyncio.Task[None] | None = None
+        self._loops: list[asyncio.Task[None]] = []
         self.last_error: str | None = None
+        self.problem: str | None = None  # why waiting jobs get no turn
 
     def start(self) -> None:
-        """Begin to reconcile."""
-        self._reconciler = asyncio.create_task(self._reconcile(), name="tickets")
+        """Begin to reconcile and to watch."""
+        self._loops = [
+            asyncio.create_task(self._reconcile(), name="tickets"),
+            asyncio.create_task(self._watch(), name="tickets watch"),
+        ]
 
     async def stop(self) -> None:
         """Drop all tickets; what runs on a slot goes on."""
-        tasks = [*self._live, *([self._reconciler] if self._reconciler else [])]
+        tasks = [*self._live, *self._loops]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -67,6 +86,26 @@ class Tickets:
                 self._live.add(task)
                 task.add_done_callback(self._ended)
             await self._changed.after(count)
+
+    async def _watch(self) -> None:
+        since: float | None = None
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            if not self._starving():
+                since, self.problem = None, None
+                continue
+            since = since or time.monotonic()
+            if time.monotonic() - since >= STALL_SECONDS:
+                self.problem = f"no ticket was granted for {STALL_SECONDS:g} s"
+                since = None
+                self._renew(self.problem)
+
+    def _renew(self, reason: str) -> None:
+        """Give up all tickets; the reconciler posts others. What runs on a slot goes on."""
+        log.critical("%s: %d tickets are posted anew", reason, len(self._live))
+        self._on_stall(reason)
+        for task in self._live:
+            task.cancel()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._live.discard(task)

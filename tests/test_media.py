@@ -186,6 +186,42 @@ def test_a_withheld_video_is_not_served_and_comes_back_whole(store: MediaStore) 
     assert store.total_bytes() == 0
 
 
+def test_what_a_run_left_in_scratch_is_removed_and_nothing_else(store: MediaStore) -> None:
+    job_id, other = IDS.draw(), IDS.draw()
+    names = produce(store, job_id, size=77)
+    assert store.scratch_size(0, names[0]) == 77
+    with pytest.raises(MediaError):
+        store.scratch_size(0, "../../videos/x.mp4")
+    scratch = store.data_dir / "scratch" / "0"
+    for name in (f"tmp-{job_id}.mp4", f"tmp-{other}.mp4", "rendezvous-1"):
+        (scratch / name).touch()
+    store.tidy(0, job_id)
+    store.tidy(5, job_id)  # a slot that never ran
+    assert sorted(path.name for path in scratch.iterdir()) == ["rendezvous-1", f"tmp-{other}.mp4"]
+
+
+def test_a_video_that_others_removed_is_noticed_and_counts_no_more(store: MediaStore) -> None:
+    job_id = finished(store, size=40)
+    path = store.videos / f"{job_id}.mp4"
+    path.unlink()
+    assert store.has_video(job_id)
+    assert store.video_path(job_id) is None
+    assert not store.has_video(job_id)
+    assert store.total_bytes() == 0
+    path.write_bytes(b"back again")
+    assert store.video_path(job_id) == path
+    assert store.has_video(job_id)
+    assert store.total_bytes() == 10
+
+
+def test_strays_are_named(store: MediaStore) -> None:
+    job_id = finished(store)
+    (store.videos / "notes.txt").touch()
+    (store.posters / "notes.txt").touch()
+    assert store.strays() == ["notes.txt"]
+    assert store.poster_ids() == [job_id]
+
+
 def test_an_evicted_video_leaves_its_poster(store: MediaStore) -> None:
     job_id = finished(store)
     store.remove_video(job_id)

@@ -76,3 +76,43 @@ async def test_a_lost_ticket_is_replaced_after_a_pause(
     await eventually(lambda: not posting._live)
     assert queue.posts <= 4  # and not thousands
     await posting.stop()
+
+
+async def test_tickets_that_nobody_grants_are_posted_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tickets, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(tickets, "STALL_SECONDS", 0.1)
+    queue, reasons, starving = Queue(), [], [True]
+    posting = Tickets(
+        queue.app,
+        "secret",
+        lambda: 1,
+        Pulse(),
+        starving=lambda: starving[0],
+        on_stall=reasons.append,
+    )
+    posting.start()
+    await eventually(lambda: queue.posts == 3)
+    assert posting.problem == "no ticket was granted for 0.1 s"
+    assert set(reasons) == {posting.problem}
+    assert len(posting._live) <= 1
+    starving[0] = False
+    await eventually(lambda: posting.problem is None)
+    await posting.stop()
+
+
+async def test_a_short_wait_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tickets, "WATCH_SECONDS", 0.001)
+    monkeypatch.setattr(tickets, "STALL_SECONDS", 1000)
+    queue, looks, reasons = Queue(), [0], []
+
+    def starving() -> bool:
+        looks[0] += 1
+        return True
+
+    posting = Tickets(
+        queue.app, "secret", lambda: 1, Pulse(), starving=starving, on_stall=reasons.append
+    )
+    posting.start()
+    await eventually(lambda: looks[0] > 20 and queue.posts)
+    assert (queue.posts, reasons, posting.problem) == (1, [], None)
+    await posting.stop()

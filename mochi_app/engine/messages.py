@@ -188,9 +188,11 @@ class Followed(JobEvent):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed(JobEvent):
     """The job failed. With `poisoned` the process cannot be trusted and will be replaced; with
-    `settled` all ranks failed together, and none waits for another."""
+    `settled` all ranks failed together, and none waits for another; with `disk_full` the video is
+    what could not be written."""
 
     error: str
+    disk_full: bool = False
     poisoned: bool = False
     settled: bool = False
 

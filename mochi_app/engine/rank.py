@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import logging
 import os
 import re
@@ -364,8 +365,21 @@ def failure(request: Run, error: Exception) -> Failed:
     if memory:
         size = f"{request.width}x{request.height} pixels, {request.num_frames} frames"
         message = f"out of memory at {size}: ask for a smaller size or fewer frames"
-    settled = bool(getattr(error, "settled", False))
-    return Failed(job_id=request.job_id, error=message, poisoned=bool(poisoned), settled=settled)
+    return Failed(
+        job_id=request.job_id,
+        error=message,
+        poisoned=bool(poisoned),
+        settled=bool(getattr(error, "settled", False)),
+        disk_full=disk_full(error),
+    )
+
+
+def disk_full(error: Exception) -> bool:
+    """Whether the system, or ffmpeg in the system's words, said that the disk is full."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    return any(os.strerror(number) in str(error) for number in numbers)
 
 
 if __name__ == "__main__":

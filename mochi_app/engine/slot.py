@@ -53,6 +53,10 @@ class SlotDied(RuntimeError):
 class JobFailed(RuntimeError):
     """The engine reports that the job failed; the slot may well be healthy."""
 
+    def __init__(self, error: str, *, disk_full: bool = False) -> None:
+        super().__init__(error)
+        self.disk_full = disk_full
+
 
 class JobCancelled(Exception):
     """The job stopped because it was cancelled."""
@@ -407,7 +411,7 @@ class Slot:
                 if not outcome.poisoned:
                     if not outcome.settled:
                         await self._renew_group()
-                    raise JobFailed(outcome.error)
+                    raise JobFailed(outcome.error, disk_full=outcome.disk_full)
                 self._die(f"the process cannot be used any more: {outcome.error}")
         if self._cancelling:
             raise JobCancelled

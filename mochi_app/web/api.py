@@ -20,6 +20,8 @@ from mochi_app.studio import Studio
 from mochi_app.tickets import ENDPOINT, SECRET_HEADER
 from mochi_app.web.doors import caller_of
 
+WATCHER_SECONDS = 0.01  # of pause between two answers to one caller, for each who waits
+
 
 class Refused(gr.Error):
     """A refusal that reaches the caller word for word, without a traceback in the log."""
@@ -257,7 +259,8 @@ class Api:
     async def _progress(self, job_id: str) -> AsyncIterator[Any]:
         progress = gr.Progress()
         with refusals():
-            async for view in self._studio.watch(job_id):
+            interval = max(0.5, WATCHER_SECONDS * self._watchers)
+            async for view in self._studio.watch(job_id, interval):
                 if JobStatus(view["status"]).terminal:
                     break
                 progress((view["step"], view["steps"]), desc=describe(view), unit="steps")
@@ -274,7 +277,8 @@ class Api:
             raise RequestError(f"job_id: job {view['id']} is {view['status']}: it has no video")
         path = self._studio.media.video_path(view["id"])
         if path is None:
-            raise RequestError(f"job_id: the video of job {view['id']} was evicted by the quota")
+            why = "was evicted by the quota" if view["evicted_at"] else "is gone from the disk"
+            raise RequestError(f"job_id: the video of job {view['id']} {why}")
         return FileData(path=str(path), orig_name=path.name, mime_type="video/mp4")
 
     async def engine_turn(self, request: gr.Request) -> str | None:

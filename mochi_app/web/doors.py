@@ -139,7 +139,9 @@ def address_of(request: HTTPConnection) -> str:
     host = request.client.host if request.client else ""
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host)
-        if address.version == 6:
+        if isinstance(address, ipaddress.IPv6Address):
+            if address.ipv4_mapped is not None:
+                return str(address.ipv4_mapped)
             return str(ipaddress.ip_network((address, 64), strict=False))
     return host
 

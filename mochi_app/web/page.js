@@ -472,6 +472,7 @@
 
     stageText(job) {
       if (job.status !== "PROCESSING") {
+        if (job.waits_for) return `Waiting for room: ${job.waits_for}`;
         return job.position ? `Place ${job.position} in the queue` : "Waiting for a slot";
       }
       if (job.cancel_requested) return "Stopping after this step";
@@ -498,7 +499,7 @@
         });
         this.once("image", job.image, () => (this.image.src = job.image));
       } else if (job.status === "COMPLETED" && job.poster_url) {
-        this.once("media", `poster ${job.poster_url}`, () => this.showEvicted(job));
+        this.once("media", `poster ${job.poster_url} ${job.video_missing}`, () => this.showEvicted(job));
       } else {
         const key = ended(job) ? `none ${job.status}` : "wait";
         this.once("media", key, () => this.showNone(job));
@@ -523,7 +524,10 @@
 
     showEvicted(job) {
       const poster = h("img", { src: fileUrl(job.poster_url), alt: "First picture of the video" });
-      const text = "The video was removed to make room. “Use again” makes the same one.";
+      const gone = job.video_missing
+        ? "The video is gone from the server’s disk."
+        : "The video was removed to make room.";
+      const text = `${gone} “Use again” makes the same one.`;
       this.media.replaceChildren(poster, h("p", { className: "m-over", textContent: text }));
     }
 
@@ -816,6 +820,7 @@
       const texts = [["steps", `${job.num_inference_steps} steps`]];
       if (job.enhanced) texts.unshift(["enhanced", "Enhanced"]);
       if (job.evicted_at !== null) texts.push(["evicted", "Video removed"]);
+      if (job.video_missing) texts.push(["evicted", "Video missing"]);
       if (job.starred) texts.push(["star", "Starred"]);
       return texts;
     }

@@ -6,6 +6,8 @@ A file is found by its job's id alone; no path ever comes from a caller.
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -22,40 +24,54 @@ from mochi_app.jobs import JOB_ID, JobStatus, NotFound, RequestError
 from mochi_app.studio import Studio
 from mochi_app.web.doors import is_stranger
 
+log = logging.getLogger(__name__)
+
 EVENTS_INTERVAL = 0.2  # seconds; at most so often a page hears of changes
 KEEPALIVE_SECONDS = 15.0
 OPENLY = ("slot", "state")  # what /healthz tells of a slot to strangers
+EVENTS_BYTES = 20e6  # a second, to all pages together; with many pages each hears less often
+MOST_STREAMS = 512  # pages that may listen at a time
+PIECE_BYTES = 1 << 16  # written at a time: a page that does not read holds no more than two
 LIVE_JOBS = 200  # jobs in one event; the rest of a longer queue is asked for by page
 
 
 class EventFeed:
-    """The live state, serialised once per change and second for all tabs.
+    """The live state, serialised for all tabs at once, at most once an interval.
 
     Each event is the whole snapshot: a page that missed one needs no repair.
     """
 
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
-        self._key = (-1, 0)
+        self._built_at = -math.inf  # time.monotonic()
+        self._count = -1  # changes that the payload shows
         self._payload = b""
         self.open = 0
 
-    def _serialised(self) -> bytes:
-        key = (self._studio.changed.count, int(time.monotonic()))  # ETAs age without a change
-        if self._key != key:
-            self._key = key
+    @property
+    def _interval(self) -> float:
+        """Seconds between two events of a page."""
+        return max(EVENTS_INTERVAL, self.open * len(self._payload) / EVENTS_BYTES)
+
+    def _serialised(self) -> tuple[bytes, int]:
+        """The newest payload and the number of changes it shows."""
+        changed = self._studio.changed.count
+        age = time.monotonic() - self._built_at
+        if age >= 1 or (changed != self._count and age >= self._interval / 2):  # ETAs age alone
+            self._built_at, self._count = time.monotonic(), changed
             snapshot = self._studio.live.snapshot(LIVE_JOBS)
             self._payload = b"data: " + orjson.dumps(snapshot) + b"\n\n"
-        return self._payload
+        return self._payload, self._count
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Server-sent events until the client or the server goes."""
         self.open += 1
         try:
             while not self._studio.stopping:
-                count = self._studio.changed.count
-                yield self._serialised()
-                await asyncio.sleep(EVENTS_INTERVAL)
+                payload, count = self._serialised()
+                for start in range(0, len(payload), PIECE_BYTES):
+                    yield payload[start : start + PIECE_BYTES]
+                await asyncio.sleep(self._interval)
                 try:
                     await asyncio.wait_for(self._studio.changed.after(count), KEEPALIVE_SECONDS)
                 except TimeoutError:
@@ -91,14 +107,21 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
 
     @router.get("/events")
     async def events() -> StreamingResponse:
-        """The live state as server-sent events."""
+        """The live state as server-sent events; 503 when too many listen."""
+        if feed.open >= MOST_STREAMS:
+            detail = f"{MOST_STREAMS} pages listen already: try again later"
+            raise HTTPException(503, detail, {"retry-after": "10"})
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         return StreamingResponse(feed.stream(), media_type="text/event-stream", headers=headers)
 
     @router.api_route("/files/{job_id}", methods=["GET", "HEAD"])
     async def video(job_id: str, download: bool = False) -> FileResponse:
         """The job's MP4; answers Range."""
-        path = studio.media.video_path(found(studio, job_id)["id"])
+        view = found(studio, job_id)
+        path = studio.media.video_path(job_id)
+        if path is None and view["evicted_at"] is None:
+            log.error("job %s: its video is gone from the disk", job_id)
+            studio.changed.beat()  # its view says so from now on
         return file_response(path, "video/mp4", download)
 
     @router.api_route("/files/{job_id}/poster", methods=["GET", "HEAD"])

@@ -8,6 +8,7 @@ The behaviour says how it loads; the prompt says how a job goes:
     "kill at N"    SIGKILL to itself in step N, 0.01 s a step
     "kill on N"    SIGKILL to itself in the N-th step that it does, if there are as many; likewise
     "no frames"    what cannot be encoded
+    "… black"      nothing but black, where others are noise and large files
     "refuse"       raises on all ranks alike       "memory"  raises what torch does
     "late"         says that it is done, in the epoch before
     "garbage once F", "half once F"  what is no message, half a message and an exit; F as above
@@ -82,6 +83,8 @@ class FakeEngine:
         emit(Stage(job_id=request.job_id, stage="decode"))
         shape = (request.num_frames, request.height, request.width, 3)
         frames = np.random.default_rng(request.seed).integers(0, 255, shape, dtype=np.uint8)
+        if request.prompt.endswith("black"):
+            frames[:] = 0
         if request.prompt == "no frames":
             frames = frames[:, :, :, :1]
         return FakeResult(

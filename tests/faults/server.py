@@ -1,9 +1,57 @@
-"""The real app over ranks with a faked model: `python -m tests.faults.server BEHAVIOUR`."""
+"""The real app over ranks with a faked model: `python -m tests.faults.server BEHAVIOUR`.
 
+FAULTS_QUEUE names a file that harms Gradio's queue while it is there. It says how: "raise" ends
+the queue's loop whenever it takes an event, "drop" loses one ticket, and the file is removed.
+FAULTS_VIDEO names a file that, while it is there, ends the server (SIGKILL) when a video is in
+place and its record does not say so yet.
+"""
+
+import os
+import signal
 import sys
+from pathlib import Path
+from typing import Any
+
+from gradio.queueing import Queue
 
 import app
+from mochi_app.media import MediaStore
 from tests.conftest import fake_engine
 
+
+def harm_queue(flag: Path) -> None:
+    """Let the queue's own loop do what `flag` says."""
+    get_events = Queue.get_events
+
+    def harmed(self: Queue) -> Any:
+        taken = get_events(self)
+        harm = flag.read_text() if taken and flag.exists() else ""
+        if harm == "raise":
+            raise KeyError("a session that was dropped")
+        if taken and harm == "drop" and taken[0][0].fn.api_name == "engine_turn":
+            flag.unlink()
+            return None
+        return taken
+
+    Queue.get_events = harmed  # type: ignore[method-assign]
+
+
+def harm_videos(flag: Path) -> None:
+    """Die between a video and its record."""
+    finalise = MediaStore.finalise
+
+    def harmed(self: MediaStore, *arguments: Any) -> tuple[str, str]:
+        names = finalise(self, *arguments)
+        if flag.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return names
+
+    MediaStore.finalise = harmed  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
+    if path := os.environ.get("FAULTS_VIDEO"):
+        harm_videos(Path(path))
+    if path := os.environ.get("FAULTS_QUEUE"):
+        harm_queue(Path(path))
     sys.exit(app.main(fake_engine(sys.argv[1])))

@@ -1,0 +1,57 @@
+"""Room on the disk: enough for all jobs that were accepted, or the reason why a job must wait.
+
+A promise is kept twice: a job is accepted only if the disk takes its video beside those of all jobs
+accepted before it, and it is started only if the disk still does. Figures are bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Iterable
+
+from mochi_app import scheduling
+from mochi_app.jobs import Job
+from mochi_app.media import MediaStore
+
+MARGIN = 256 << 20  # for the history, posters, and what else lives on that disk
+BYTES_PER_PIXEL_FRAME = 0.25  # more than any video at our quality has needed
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def video_bytes(job: Job) -> int:
+    """Room to set aside for the job's video."""
+    return int(scheduling.volume(job) * BYTES_PER_PIXEL_FRAME)
+
+
+class Room:
+    """The free room of the data folder's disk as it was at the last look."""
+
+    def __init__(self, media: MediaStore) -> None:
+        self._media = media
+        self.free: int | None = None
+
+    async def look(self) -> None:
+        """Measure.
+
+        Raises:
+            OSError: the disk does not answer.
+        """
+        self.free = await asyncio.to_thread(self._media.free_bytes)
+
+    def lack(self, job: Job, others: Iterable[Job] = ()) -> str | None:
+        """Why there is no room for the job beside what `others` will still write; None when there
+        is, or nobody has looked yet."""
+        if self.free is None:
+            return None
+        needed = MARGIN + video_bytes(job)
+        promised = sum(video_bytes(other) for other in others)
+        if self.free >= needed + promised:
+            return None
+        beside = f" beside {size(promised)} for the jobs before it" if promised else ""
+        return f"the disk has {size(self.free)} free, this video needs {size(needed)}{beside}"
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

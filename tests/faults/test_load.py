@@ -1,0 +1,242 @@
+"""Harms by many clients at once, and to the queue that serves them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from mochi_app.jobs import Job, JobIds
+from mochi_app.record_store import JOB, RecordStore
+from tests.benchmarks import records
+from tests.crowds import browser, call, deaf_listener, flood, post
+from tests.serving import Served, poll
+
+Serve = Callable[..., Served]
+SMALL = {"height": 64, "width": 64, "num_frames": 7}
+
+
+def submit(served: Served, prompt: str, steps: int = 8) -> dict[str, Any]:
+    """A job of the smallest size."""
+    job: dict[str, Any] = served.call(
+        "submit_job", prompt=prompt, num_inference_steps=steps, **SMALL
+    )
+    return job
+
+
+@contextmanager
+def waiting_caller(served: Served, prompt: str, steps: int) -> Iterator[list[Any]]:
+    """A caller of /generate who waits meanwhile; its answer, at the end."""
+    answer: list[Any] = []
+
+    def wait() -> None:
+        answer.append(served.call("generate", prompt=prompt, num_inference_steps=steps, **SMALL))
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    yield answer
+    thread.join(60)
+
+
+def resident_mib(served: Served) -> float:
+    """Memory of the server's process."""
+    status = Path(f"/proc/{served.process.pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+def health(served: Served) -> httpx.Response:
+    return httpx.get(f"{served.url}/healthz", timeout=30)
+
+
+def test_a_flood_of_unread_posts_is_refused_and_costs_nobody_anything(serve: Serve) -> None:
+    """One client posts 5,000 calls and reads no answer: it is refused with 429 until it reads, and
+    the jobs and callers of others go on."""
+    served = serve("ok").ready()
+    with waiting_caller(served, "slow watched", 60) as answer:
+        jobs = [submit(served, f"slow {number}", 20) for number in range(3)]
+        answers = asyncio.run(flood(served.url, 5000))
+        assert answers.codes[429] > 4000, answers.codes
+        headers, text = answers.refusal
+        assert 1 <= int(headers["retry-after"]) <= 60
+        assert "open the stream of each post" in text
+    assert answer[0]["mime_type"] == "video/mp4"
+    # The flood came from this machine's address, so its next call waits, too, until some are read.
+    watching = poll(lambda: all_jobs(served), "the jobs' end")
+    assert [watching[job["id"]]["attempts"] for job in jobs] == [1, 1, 1]
+    assert "ticket was lost" not in served.log.read_text()
+    assert health(served).status_code == 200
+
+
+def all_jobs(served: Served) -> dict[str, Any] | None:
+    """What /events shows of all jobs, once none waits or runs."""
+    with httpx.stream("GET", f"{served.url}/events", timeout=30) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data: "):
+                snapshot = httpx.Response(200, content=line[6:]).json()
+                ended = snapshot["pending"] == snapshot["processing"] == 0
+                return {job["id"]: job for job in snapshot["jobs"]} if ended else None
+    return None
+
+
+def test_a_flood_from_thousands_of_addresses_is_kept_small(serve: Serve) -> None:
+    """2,500 addresses post one call each and read no answer: the oldest of them are dropped, and
+    the jobs and callers of others go on."""
+    served = serve("ok", MOCHI_TRUSTED_PROXIES="127.0.0.1").ready()
+    with waiting_caller(served, "slow watched", 60) as answer:
+        job = submit(served, "slow", 20)
+        spread = lambda number: f"10.1.{number // 250}.{number % 250}"  # noqa: E731
+        answers = asyncio.run(flood(served.url, 2500, forwarded_for=spread))
+        assert answers.codes == {200: 2500}
+        assert served.job(job["id"])["id"] == job["id"]
+    assert answer[0]["mime_type"] == "video/mp4"
+    ended = served.ended(job["id"])
+    assert (ended["status"], ended["attempts"]) == ("COMPLETED", 1)
+    assert "ticket was lost" not in served.log.read_text()
+
+
+def test_polling_however_often_is_no_harm(serve: Serve) -> None:
+    """2,200 calls from one address are read as they should be: none is refused, and nobody who
+    waits for a long job loses its answer."""
+    served = serve("ok").ready()
+    with waiting_caller(served, "slow watched", 400) as answer:
+        job = submit(served, "slow", 20)
+        answers = asyncio.run(flood(served.url, 2200, read=True))
+        assert answers.codes == {200: 2200}
+    assert answer[0]["mime_type"] == "video/mp4"
+    assert served.ended(job["id"])["attempts"] == 1
+    assert "ticket was lost" not in served.log.read_text()
+
+
+def test_a_dead_queue_comes_back_by_itself(serve: Serve, tmp_path: Path) -> None:
+    """The loop of Gradio's queue dies, again and again: /healthz is 503 and says so; what runs goes
+    on, and as soon as the loop lives everything that waited is done."""
+    flag = tmp_path / "harm"
+    served = serve("ok", FAULTS_QUEUE=str(flag)).ready()
+    with waiting_caller(served, "slow watched", 40) as answer:
+        job = submit(served, "slow", 60)
+        flag.write_text("raise")
+        posted = httpx.post(
+            f"{served.url}/gradio_api/call/v2/submit_job", json={"prompt": "meanwhile"} | SMALL
+        )
+        assert posted.status_code == 200
+        unwell = poll(lambda: (h := health(served)).status_code == 503 and h, "a 503")
+        assert "Gradio's queue stopped" in unwell.json()["reasons"][0]
+        assert "KeyError" in unwell.json()["reasons"][0]
+        flag.unlink()
+        poll(lambda: health(served).status_code == 200, "health")
+    assert answer[0]["mime_type"] == "video/mp4"
+    assert served.ended(job["id"])["attempts"] == 1
+    path = f"{served.url}/gradio_api/call/submit_job/{posted.json()['event_id']}"
+    assert "event: complete" in httpx.get(path, timeout=30).text
+    poll(lambda: all_jobs(served), "the end of all jobs")
+    assert len(served.call("list_jobs", status="COMPLETED")["jobs"]) == 3
+    assert "CRITICAL" in served.log.read_text()
+
+
+def test_a_lost_ticket_is_noticed(serve: Serve, tmp_path: Path) -> None:
+    """Gradio's queue loses a ticket without a word, so that a slot and a job wait for each other:
+    it is noticed, and the job is made."""
+    flag = tmp_path / "harm"
+    served = serve("ok", FAULTS_QUEUE=str(flag)).ready()
+    first, second = submit(served, "slow", 20), submit(served, "later")
+    served.running(first["id"])
+    flag.write_text("drop")
+    poll(lambda: not flag.exists(), "a ticket that is lost")
+    ended = served.ended(second["id"])
+    assert (ended["status"], ended["attempts"]) == ("COMPLETED", 1)
+    assert "no ticket was granted" in served.log.read_text()
+
+
+def test_a_thousand_waiting_jobs_and_200_watchers(serve: Serve, tmp_path: Path) -> None:
+    """1,000 jobs wait and 200 clients watch: everybody hears of every step that is made, and one
+    job more is refused with the reason."""
+    fill_with_pending(tmp_path / "data", 890)
+    served = serve("ok", MOCHI_MAX_PENDING="1000").ready()
+    asyncio.run(watch_in_crowds(served))
+
+
+def fill_with_pending(data_dir: Path, count: int) -> None:
+    """Jobs that wait since before the server's start."""
+    ids, now = JobIds(), time.time()
+    data_dir.mkdir()
+    store = RecordStore(data_dir)
+    store.open()
+    shape = {
+        **{"negative_prompt": "", "seed": 1, "num_inference_steps": 64, "guidance_scale": 3.0},
+        **{"height": 64, "width": 64, "num_frames": 7, "fps": 12, "model": "tiny-mochi"},
+    }
+    jobs = [
+        Job(
+            id=ids.draw(),
+            kind="preview",
+            prompt="slow",
+            submitted_at=now,
+            **shape,
+            **records.waiting(),
+        )
+        for _ in range(count)
+    ]
+    store.write({JOB + job.id: job.to_record() for job in jobs})
+    store.close(count)
+
+
+async def watch_in_crowds(served: Served) -> None:
+    """100 pages and 100 callers of /generate; each of them hears of a new step."""
+    body = {"prompt": "slow", "num_inference_steps": 64} | SMALL
+    limits = httpx.Limits(max_connections=400)
+    async with httpx.AsyncClient(base_url=served.url, timeout=120, limits=limits) as client:
+
+        async def page() -> int:
+            async with client.stream("GET", "/events") as stream:
+                seen: set[int] = set()
+                async for line in stream.aiter_lines():
+                    if line.startswith("data: "):
+                        jobs = httpx.Response(200, content=line[6:]).json()["jobs"]
+                        seen |= {job["step"] for job in jobs if job["status"] == "PROCESSING"}
+                    if len(seen) >= 2:
+                        return len(seen)
+            raise AssertionError("/events ended early")
+
+        async def caller() -> int:
+            posted = await post(client, "generate", body)
+            async with client.stream(
+                "GET", f"/gradio_api/call/generate/{posted.json()['event_id']}"
+            ) as stream:
+                lines, said = 0, []
+                async for line in stream.aiter_lines():
+                    said.append(line[:300])
+                    lines += line.startswith("event: generating")
+                    if lines >= 2:
+                        return lines
+            raise AssertionError(f"/generate ended early: {said}")
+
+        heard = await asyncio.gather(*(page() for _ in range(100)), *(caller() for _ in range(100)))
+        assert min(heard) >= 2
+        async with browser(served.url) as other:
+            told = await asyncio.gather(*(call(other, "submit_job", body) for _ in range(20)))
+        assert any("jobs are waiting, the most this server takes" in text for text in told)
+
+
+def test_pages_that_never_read_cost_no_memory(serve: Serve) -> None:
+    """60 pages open /events and read nothing while jobs run: the server's memory stays as it is,
+    and pages that read hear everything."""
+    served = serve("ok").ready()
+    submit(served, "warm up")
+    job = submit(served, "slow", 100)
+    for number in range(20):
+        submit(served, f"slow {number}", 20)
+    before = resident_mib(served)
+    deaf = [deaf_listener(served.port, "/events") for _ in range(60)]
+    try:
+        served.running(job["id"], 60)
+        assert resident_mib(served) - before < 40
+        assert all_jobs(served) is None  # it is still told, and some still wait
+    finally:
+        for connection in deaf:
+            connection.close()
