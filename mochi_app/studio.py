@@ -214,8 +214,10 @@ class Studio:
                 log.exception("housekeeping failed; it is tried again")
                 await asyncio.sleep(JANITOR_RETRY_SECONDS)
                 self._housework.set()
+            # Not `wait_for`, which loses a cancel that comes with what it waits for (Python 3.11)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._housework.wait(), JANITOR_SECONDS)
+                async with asyncio.timeout(JANITOR_SECONDS):
+                    await self._housework.wait()
             self._housework.clear()
 
     # What people ask for
@@ -513,7 +515,8 @@ class Studio:
             # Room comes without a word: from outside, or by a video that was smaller than feared.
             pause = ROOM_SECONDS if self.waits_for_room else None
             with contextlib.suppress(TimeoutError):
-                count = await asyncio.wait_for(self.changed.after(count), pause)
+                async with asyncio.timeout(pause):
+                    count = await self.changed.after(count)
         slot, job = pair
         with about(slot=slot.slot.index, job=job.id):
             run = self.pool.run(slot, lambda slot: self._execute(slot, job))
@@ -810,7 +813,8 @@ class Studio:
                 await self.changed.after(count)
             else:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self.changed.after(count), pause)
+                    async with asyncio.timeout(pause):
+                        await self.changed.after(count)
 
     def health(self) -> dict[str, Any]:
         """Whether a video could be made now, and if not, why."""

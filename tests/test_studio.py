@@ -651,3 +651,19 @@ async def test_a_stop_requeues_what_runs(make_studio: MakeStudio) -> None:
         os.kill(pid, signal.SIG_DFL)
     with pytest.raises(RequestError, match="stopping"):
         await studio.submit(prompt="p")
+
+
+@pytest.mark.parametrize("turns_of_the_loop", range(4))
+async def test_a_stop_ends_a_janitor_that_was_called_at_that_moment(
+    make_studio: MakeStudio, turns_of_the_loop: int
+) -> None:
+    studio = await make_studio("never", turns=False)
+    await eventually(lambda: studio._housework._waiters, "a janitor that waits")
+    studio._housework.set()
+    for _ in range(turns_of_the_loop):
+        await asyncio.sleep(0)
+    janitor, studio._janitor = studio._janitor, None
+    assert janitor is not None
+    janitor.cancel()
+    await asyncio.wait([janitor], timeout=5)
+    assert janitor.cancelled()

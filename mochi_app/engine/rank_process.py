@@ -148,7 +148,8 @@ class RankProcess:
         if self._process is None:
             return None
         try:
-            return await asyncio.wait_for(self._process.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                return await self._process.wait()
         except TimeoutError:
             return None
 

@@ -422,7 +422,8 @@ class Slot:
         if not self._following:
             return
         try:
-            await asyncio.wait_for(self._all_followed.wait(), FOLLOW_GRACE)
+            async with asyncio.timeout(FOLLOW_GRACE):
+                await self._all_followed.wait()
         except TimeoutError:
             self.blameless = True
             self._die("a job failed, and its ranks start anew")

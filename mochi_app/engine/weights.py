@@ -107,7 +107,7 @@ async def fetch_weights(
     listening = asyncio.create_task(_keep_stderr(process.stderr, tail))
     outcome: Event | None = None
     try:
-        while line := await asyncio.wait_for(process.stdout.readline(), silence):
+        while line := await _line(process.stdout, silence):
             outcome = _take(line, on_progress) or outcome
         await process.wait()
         await listening
@@ -125,6 +125,12 @@ async def fetch_weights(
     if isinstance(outcome, Failure):
         raise WeightsError(outcome.error, outcome.retry)
     raise WeightsError(_ending(process, tail), retry=True)
+
+
+async def _line(stream: asyncio.StreamReader, seconds: float) -> bytes:
+    """The next line; raises TimeoutError."""
+    async with asyncio.timeout(seconds):
+        return await stream.readline()
 
 
 def _absolute(model: str) -> str:

@@ -73,7 +73,8 @@ class EventFeed:
                     yield payload[start : start + PIECE_BYTES]
                 await asyncio.sleep(self._interval)
                 try:
-                    await asyncio.wait_for(self._studio.changed.after(count), KEEPALIVE_SECONDS)
+                    async with asyncio.timeout(KEEPALIVE_SECONDS):
+                        await self._studio.changed.after(count)
                 except TimeoutError:
                     yield b": still here\n\n"
         finally:
