@@ -402,6 +402,7 @@ def test_sixty_waiting_clients_do_not_starve_the_engine(app: Served) -> None:
     assert app.ended(app.call("submit_job", prompt="after", **QUICK)["id"])["status"] == "COMPLETED"
 
 
+@pytest.mark.slow
 def test_two_slots_run_two_at_a_time_and_survive_a_kill(serve: Callable[..., Served]) -> None:
     app = serve(MOCHI_SLOTS="cpu;cpu")
     poll(lambda: [s["state"] for s in app.slots()] == ["ready", "ready"], "two ready slots", 90)
@@ -419,6 +420,7 @@ def test_two_slots_run_two_at_a_time_and_survive_a_kill(serve: Callable[..., Ser
     assert set(kept) < set(app.pids())
 
 
+@pytest.mark.slow
 def test_kill_9_loses_no_job(serve: Callable[..., Served]) -> None:
     app = serve().ready()
     finished = app.ended(app.call("submit_job", prompt="finished", **QUICK)["id"])
@@ -441,6 +443,7 @@ def test_kill_9_loses_no_job(serve: Callable[..., Served]) -> None:
         assert httpx.get(f"{again.url}{job['video_url']}").status_code == 200
 
 
+@pytest.mark.slow
 def test_sigterm_ends_in_time_with_open_streams_and_leaves_no_child(
     serve: Callable[..., Served],
 ) -> None:

@@ -37,8 +37,6 @@ REQUEST = Run(
 SHAPE = (1, 12, 2, 8, 10)
 STAMP = {"job_id": "j", "num_inference_steps": 8, "scale": 0.1}
 
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-
 
 class Lost(Exception):
     """Stands for the end of the process."""

@@ -35,8 +35,6 @@ CASES = {
     "uneven unguided": replace(UNEVEN, guidance_scale=1.0),
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-
 
 def unsaid(message: Message) -> None:
     pass

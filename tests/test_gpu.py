@@ -58,7 +58,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(GPUS == 0, reason="needs a CUDA device"),
     pytest.mark.timeout(LIMIT + 60),
-    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
 ]
 
 

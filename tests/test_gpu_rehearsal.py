@@ -18,8 +18,6 @@ from tests import test_decode, test_engine_ranks, test_gpu, test_parallel
 from tests.benchmarks.random_models import layers_that_fit
 from tests.ranks import run_ranks, seeing
 
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-
 SMALL = replace(test_engine_ranks.EVEN, height=32, width=48, num_frames=7)
 TILED = {name: test_decode.CASES[name] for name in ("two tiles", "five tiles")}
 

@@ -34,8 +34,6 @@ WIDE = (*NARROW, "norm1.linear", "norm_out.linear", "pooler.to_q", "linear_1", "
 LAYER = "transformer.transformer_blocks.0.attn1.to_q"
 PROMPT = "a red ball rolls right"
 
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-
 
 def open_tiny() -> MochiPipeline:
     """The embedded model through the library's own door."""

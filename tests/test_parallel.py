@@ -32,8 +32,6 @@ SIZES = {"even": (6, 12, 12), "uneven": (5, 10, 14), "few": (1, 2, 6)}
 # valid text tokens of the two samples
 PROMPTS = {"guided": (4, 9), "empty": (0, 7), "alone": (5,)}
 
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-
 
 def name_of(shape: tuple[int, int]) -> str:
     return f"cfg{shape[0]}sp{shape[1]}"

@@ -44,9 +44,6 @@ REQUEST = Run(
     num_inference_steps=2, guidance_scale=3.0, height=64, width=80, num_frames=7, fps=12,
 )  # fmt: skip
 
-# What the library says of its own rope on a CPU, whoever calls it.
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-
 
 def ignore(message: Message) -> None:
     """An emit that nobody reads."""

@@ -16,8 +16,6 @@ from mochi_app.engine.schedule import DEFAULT, SCHEDULES, MochiScheduler, Schedu
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny-mochi"
 
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-
 
 class Interrupted(Exception):
     """Ends a run early."""

@@ -40,9 +40,7 @@ SHORT, SHORT_UNGUIDED = (replace(run, num_inference_steps=2) for run in (REQUEST
 THRESHOLD = 0.2
 SKIPPED = 2  # of the steps of REQUEST, with that threshold
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:In CPU autocast:UserWarning", "ignore:TorchaoLoraLinear was:UserWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was:UserWarning")
 
 needs_torchao = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
