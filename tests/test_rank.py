@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mochi_app.engine.encode import MAX_COMMENT_BYTES
+from mochi_app.engine.encode import MAX_COMMENT_BYTES, EncodeError
 from mochi_app.engine.messages import (
     MAX_LINE_BYTES,
     Cancel,
@@ -34,6 +35,7 @@ from mochi_app.engine.messages import (
     decode,
     encode,
 )
+from mochi_app.engine.rank import disk_full
 from mochi_app.jobs import JobIds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -438,3 +440,17 @@ def test_the_first_message_must_configure(program: list[str], tmp_path: Path) ->
         assert "expected Configure" in child.stderr()
     finally:
         child.kill()
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "whatever it says"), True),
+        (OSError(errno.EDQUOT, "whatever it says"), True),
+        (OSError(errno.EACCES, "No space left on device"), False),
+        (EncodeError("ffmpeg ended with status 228: x.mp4: No space left on device"), True),
+        (EncodeError("ffmpeg ended with status 1: Invalid argument"), False),
+    ],
+)
+def test_a_full_disk_is_told_from_other_failures(error: Exception, full: bool) -> None:
+    assert disk_full(error) is full

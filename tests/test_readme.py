@@ -25,7 +25,7 @@ def shown_default(name: str, field: FieldInfo) -> str:
     default: Any = field.default
     if name == "model":
         return "`assets/tiny-mochi`"
-    if name in ("lora_dir", "auth_file", "api_token") or default == ():
+    if name in ("lora_dir", "auth_file", "api_token") or default in ((), ""):
         return "none"
     if default is None:
         return "the model's"

@@ -31,17 +31,24 @@ def submit(served: Served, prompt: str, steps: int = 8) -> dict[str, Any]:
 
 
 @contextmanager
-def waiting_caller(served: Served, prompt: str, steps: int) -> Iterator[list[Any]]:
-    """A caller of /generate who waits meanwhile; its answer, at the end."""
+def waiting_caller(served: Served) -> Iterator[list[Any]]:
+    """A caller of /generate who waits meanwhile, behind long jobs; its answer, at the end."""
     answer: list[Any] = []
+    before = [submit(served, "slow", 512) for _ in range(4)]  # 25 s each
 
     def wait() -> None:
-        answer.append(served.call("generate", prompt=prompt, num_inference_steps=steps, **SMALL))
+        answer.append(served.call("generate", prompt="watched", **SMALL))
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
+    poll(lambda: len(served.call("list_jobs")["jobs"]) == len(before) + 1, "the caller's job")
     yield answer
+    assert not answer, "the caller has to wait to the end"
+    for job in before:
+        served.call("cancel_job", job_id=job["id"])
     thread.join(60)
+    assert answer
+    assert answer[0]["mime_type"] == "video/mp4"
 
 
 def resident_mib(served: Served) -> float:
@@ -57,19 +64,13 @@ def health(served: Served) -> httpx.Response:
 def test_a_flood_of_unread_posts_is_refused_and_costs_nobody_anything(serve: Serve) -> None:
     """One client posts 5,000 calls and reads no answer: it is refused with 429 until it reads, and
     the jobs and callers of others go on."""
-    served = serve("ok").ready()
-    with waiting_caller(served, "slow watched", 60) as answer:
-        jobs = [submit(served, f"slow {number}", 20) for number in range(3)]
-        pretended = lambda number: f"10.2.{number // 250}.{number % 250}"  # noqa: E731
-        answers = asyncio.run(flood(served.url, 5000, forwarded_for=pretended))
+    served = serve("ok", MOCHI_TRUSTED_PROXIES="127.0.0.1").ready()
+    with waiting_caller(served):
+        answers = asyncio.run(flood(served.url, 5000, forwarded_for=lambda _: "10.9.9.9"))
         assert answers.codes[429] > 4000, answers.codes
         headers, text = answers.refusal
         assert 1 <= int(headers["retry-after"]) <= 60
         assert "open the stream of each post" in text
-    assert answer[0]["mime_type"] == "video/mp4"
-    # The flood came from this machine's address, so its next call waits, too, until some are read.
-    watching = poll(lambda: all_jobs(served), "the jobs' end")
-    assert [watching[job["id"]]["attempts"] for job in jobs] == [1, 1, 1]
     assert "ticket was lost" not in served.log.read_text()
     assert health(served).status_code == 200
 
@@ -89,29 +90,29 @@ def test_a_flood_from_thousands_of_addresses_is_kept_small(serve: Serve) -> None
     """2,500 addresses post one call each and read no answer: the oldest of them are dropped, and
     the jobs and callers of others go on."""
     served = serve("ok", MOCHI_TRUSTED_PROXIES="127.0.0.1").ready()
-    with waiting_caller(served, "slow watched", 60) as answer:
-        job = submit(served, "slow", 20)
-        spread = lambda number: f"10.1.{number // 250}.{number % 250}"  # noqa: E731
-        answers = asyncio.run(flood(served.url, 2500, forwarded_for=spread))
+    with waiting_caller(served):
+        answers = asyncio.run(flood(served.url, 2500, forwarded_for=pretended))
         assert answers.codes == {200: 2500}
-        assert served.job(job["id"])["id"] == job["id"]
-    assert answer[0]["mime_type"] == "video/mp4"
-    ended = served.ended(job["id"])
-    assert (ended["status"], ended["attempts"]) == ("COMPLETED", 1)
     assert "ticket was lost" not in served.log.read_text()
+    assert health(served).status_code == 200
+
+
+def pretended(number: int) -> str:
+    """An address for each number."""
+    return f"10.1.{number // 250}.{number % 250}"
 
 
 def test_polling_however_often_is_no_harm(serve: Serve) -> None:
     """2,200 calls from one address are read as they should be: none is refused, and nobody who
     waits for a long job loses its answer."""
     served = serve("ok").ready()
-    with waiting_caller(served, "slow watched", 400) as answer:
-        job = submit(served, "slow", 20)
+    with waiting_caller(served):
         answers = asyncio.run(flood(served.url, 2200, read=True))
         assert answers.codes == {200: 2200}
-    assert answer[0]["mime_type"] == "video/mp4"
-    assert served.ended(job["id"])["attempts"] == 1
     assert "ticket was lost" not in served.log.read_text()
+    # What is not read is refused, though a header pretends that it comes from elsewhere.
+    answers = asyncio.run(flood(served.url, 300, forwarded_for=pretended))
+    assert answers.codes == {200: 250, 429: 50}
 
 
 def test_a_dead_queue_comes_back_by_itself(serve: Serve, tmp_path: Path) -> None:
@@ -119,8 +120,7 @@ def test_a_dead_queue_comes_back_by_itself(serve: Serve, tmp_path: Path) -> None
     on, and as soon as the loop lives everything that waited is done."""
     flag = tmp_path / "harm"
     served = serve("ok", FAULTS_QUEUE=str(flag)).ready()
-    with waiting_caller(served, "slow watched", 40) as answer:
-        job = submit(served, "slow", 60)
+    with waiting_caller(served):
         flag.write_text("raise")
         posted = httpx.post(
             f"{served.url}/gradio_api/call/v2/submit_job", json={"prompt": "meanwhile"} | SMALL
@@ -131,12 +131,12 @@ def test_a_dead_queue_comes_back_by_itself(serve: Serve, tmp_path: Path) -> None
         assert "KeyError" in unwell.json()["reasons"][0]
         flag.unlink()
         poll(lambda: health(served).status_code == 200, "health")
-    assert answer[0]["mime_type"] == "video/mp4"
-    assert served.ended(job["id"])["attempts"] == 1
+        attempts = {job["attempts"] for job in served.call("list_jobs")["jobs"]}
+        assert attempts <= {0, 1}
     path = f"{served.url}/gradio_api/call/submit_job/{posted.json()['event_id']}"
     assert "event: complete" in httpx.get(path, timeout=30).text
     poll(lambda: all_jobs(served), "the end of all jobs")
-    assert len(served.call("list_jobs", status="COMPLETED")["jobs"]) == 3
+    assert len(served.call("list_jobs", status="COMPLETED")["jobs"]) == 2
     assert "CRITICAL" in served.log.read_text()
 
 
