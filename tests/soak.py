@@ -166,17 +166,19 @@ class Harms:
         self.done: Counter[str] = Counter()
 
     def one(self) -> None:
-        """A random one."""
-        harm: Callable[[], None] = self._random.choices(
-            [self.kill_rank, self.crash_rank, self.freeze_rank, self.kill_server,
-             self.stop_server, self.pause_server, self.tear_checkpoint, self.fill_disk],
-            weights=[6, 2, 2, 2, 2, 2, 2, 1],
-        )[0]  # fmt: skip
-        with contextlib.suppress(
-            httpx.HTTPError, ProcessLookupError, IndexError, FileNotFoundError
-        ):
-            harm()
-            self.done[harm.__name__] += 1
+        """A random one; another one where there is nothing to harm in that way."""
+        while True:
+            harm: Callable[[], None] = self._random.choices(
+                [self.kill_rank, self.crash_rank, self.freeze_rank, self.kill_server,
+                 self.stop_server, self.pause_server, self.tear_checkpoint, self.fill_disk],
+                weights=[6, 2, 2, 2, 2, 2, 2, 1],
+            )[0]  # fmt: skip
+            with contextlib.suppress(
+                httpx.HTTPError, ProcessLookupError, IndexError, FileNotFoundError
+            ):
+                harm()
+                self.done[harm.__name__] += 1
+                return
 
     def _rank(self) -> int:
         return self._random.choice(self._served.pids())
@@ -344,10 +346,12 @@ def soak(minutes: float, every: float, seed: int) -> dict[str, Any]:
         try:
             calm = calm_hashes(served)
             harms = Harms(served, ledger, chance)
-            end = time.monotonic() + minutes * 60
+            at = time.monotonic()
+            end = at + minutes * 60
             with Crowd(served, ledger, seed):
-                while (left := end - time.monotonic()) > 0:
-                    time.sleep(min(left, chance.expovariate(1 / every)))
+                # Moments are drawn beforehand: a harm that takes its time makes none rarer.
+                while (at := at + chance.expovariate(1 / every)) < end:
+                    time.sleep(max(0.0, at - time.monotonic()))
                     harms.one()
             memory = settle(served)
             found = audit(served, ledger, calm)
