@@ -310,7 +310,8 @@ class Studio:
         if self.stopping:
             raise RequestError("the server is stopping: ask again in a moment")
         waiting = self.history.count(JobStatus.PENDING)
-        if waiting + len(self._accepting) > self.settings.max_pending:
+        coming = sum(self.history.get(one.id) is None for one in self._accepting)
+        if waiting + coming > self.settings.max_pending:
             raise RequestError(
                 f"{waiting} jobs are waiting, the most this server takes: ask again later"
             )

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -390,6 +391,26 @@ async def test_the_backlog_is_bounded(make_studio: MakeStudio) -> None:
     with pytest.raises(RequestError, match="2 jobs are waiting"):
         await studio.submit(prompt="three")
     assert (await studio.submit(prompt="one", request_id="1")).prompt == "one"
+
+
+async def test_a_job_that_is_just_being_accepted_counts_once(make_studio: MakeStudio) -> None:
+    studio = await make_studio(turns=False, max_pending=2)
+    add, gate = studio.history.add, asyncio.Event()
+
+    async def held(*arguments: Any, **options: Any) -> Job:
+        job = await add(*arguments, **options)
+        await gate.wait()
+        return job
+
+    studio.history.add = held  # type: ignore[method-assign]
+    first = asyncio.create_task(studio.submit(prompt="p"))
+    await eventually(lambda: studio.history.count(JobStatus.PENDING) == 1)
+    second = asyncio.create_task(studio.submit(prompt="p"))
+    await eventually(lambda: studio.history.count(JobStatus.PENDING) == 2)
+    with pytest.raises(RequestError, match="2 jobs are waiting"):
+        await studio.submit(prompt="p")
+    gate.set()
+    await asyncio.gather(first, second)
 
 
 async def test_a_restart_keeps_order_and_runs_interrupted_jobs_again(
