@@ -304,7 +304,7 @@ class History:
                 self._follow(draft.jobs)
                 self._healed()
         except Exception as error:  # noqa: BLE001 - whatever it was, every caller must hear of it
-            with contextlib.suppress(HistoryError):
+            with contextlib.suppress(Exception):  # a caller who waits must hear of the first one
                 await self._settle()
             self._ail(str(error))
             return [error] * len(plans)

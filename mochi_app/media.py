@@ -158,12 +158,14 @@ class MediaStore:
         name = job_id + VIDEO_SUFFIX
         if not (source / name).is_file():
             return
+        size = (source / name).stat().st_size
         os.replace(source / name, target / name)
-        for folder in (target, source):
-            fsync(folder)
         with self._lock:
             sizes = {self.videos: self._sizes, self.withheld: self._withheld_sizes}
-            sizes[target][job_id] = sizes[source].pop(job_id)
+            sizes[source].pop(job_id, None)
+            sizes[target][job_id] = size
+        for folder in (target, source):
+            fsync(folder)
 
     def remove_video(self, job_id: str) -> None:
         """Remove the job's video and keep its poster. Raises as `remove`."""

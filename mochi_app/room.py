@@ -21,7 +21,12 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def video_bytes(job: Job) -> int:
     """Room to set aside for the job's video."""
-    return int(scheduling.volume(job) * BYTES_PER_PIXEL_FRAME)
+    return volume_bytes(scheduling.volume(job))
+
+
+def volume_bytes(volume: int) -> int:
+    """Room to set aside for a video of so many pixels × frames."""
+    return int(volume * BYTES_PER_PIXEL_FRAME)
 
 
 class Room:
@@ -42,10 +47,14 @@ class Room:
     def lack(self, job: Job, others: Iterable[Job] = ()) -> str | None:
         """Why there is no room for the job beside what `others` will still write; None when there
         is, or nobody has looked yet."""
+        promised = sum(video_bytes(other) for other in others)
+        return self.lack_for(scheduling.volume(job), promised)
+
+    def lack_for(self, volume: int, promised: int = 0) -> str | None:
+        """As `lack`, for a video of so many pixels × frames beside `promised` bytes."""
         if self.free is None:
             return None
-        needed = MARGIN + video_bytes(job)
-        promised = sum(video_bytes(other) for other in others)
+        needed = MARGIN + volume_bytes(volume)
         if self.free >= needed + promised:
             return None
         beside = f" beside {size(promised)} for the jobs before it" if promised else ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -64,7 +65,8 @@ class Shelf:
 
     async def empty_trash(self, older_than_hours: float = 0.0) -> int:
         """Remove deleted jobs for good, files first; returns how many."""
-        limit = time.time() - older_than_hours * 3600
+        # What was deleted "in the future", before the clock was set back, goes with all
+        limit = time.time() - older_than_hours * 3600 if older_than_hours else math.inf
         purged = 0
         for job in self._history.trashed():
             async with self._changing:
@@ -76,7 +78,11 @@ class Shelf:
         job = self._history.get(job_id)
         if job is None or job.deleted_at is None or job.deleted_at > limit:
             return False
-        await asyncio.to_thread(self._media.remove, job.id)
+        try:
+            await asyncio.to_thread(self._media.remove, job.id)
+        except OSError as error:  # the others go all the same; this one is tried again
+            log.error("job %s: it cannot be removed: %s", job.id, error)
+            return False
         await self._history.remove(job.id)
         self._changed.beat()
         return True
@@ -87,8 +93,20 @@ class Shelf:
             return await self._purge_next()
 
     async def _purge_next(self) -> bool:
-        trashed = min(self._history.trashed(), key=lambda job: job.deleted_at or 0, default=None)
-        return trashed is not None and await self._purge(trashed.id, time.time())
+        for job in sorted(self._history.trashed(), key=lambda job: job.deleted_at or 0):
+            if await self._purge(job.id, math.inf):
+                return True
+        return False
+
+    def fits(self, size: int) -> bool:
+        """Whether so many bytes more are within the quota."""
+        return self._media.total_bytes() + size <= self.quota_bytes
+
+    @property
+    def can_make_room(self) -> bool:
+        """Whether something is there that the quota can do without."""
+        there = (self._media.has_video(job.id) for job in self._history.evictable())
+        return bool(self._history.trashed()) or any(there)
 
     async def enforce_quota(self) -> None:
         """Keep the videos within the quota, as far as that is possible."""
@@ -97,7 +115,7 @@ class Shelf:
     async def make_room(self, size: int) -> None:
         """Have `size` more bytes fit the quota: the trash goes first, then the oldest unstarred
         videos, not their records. What is starred stays, though the quota be exceeded."""
-        while self._media.total_bytes() + size > self.quota_bytes:
+        while not self.fits(size):
             async with self._changing:
                 if not (await self._purge_next() or await self._evict_next()):
                     return
@@ -109,11 +127,21 @@ class Shelf:
                 continue  # gone by other hands: removing it makes no room
             log.info("job %s: video evicted, the quota is full", job.id)
             job = await self._history.update(job.id, evicted)
-            if job.evicted_at is not None:
-                await asyncio.to_thread(self._media.remove_video, job.id)
+            if job.evicted_at is not None and not await self._remove_video(job):
+                continue
             self._changed.beat()
             return True
         return False
+
+    async def _remove_video(self, job: Job) -> bool:
+        """Remove an evicted job's video; where that fails it is not evicted."""
+        try:
+            await asyncio.to_thread(self._media.remove_video, job.id)
+        except OSError as error:
+            log.error("job %s: its video cannot be removed: %s", job.id, error)
+            await self._history.update(job.id, lambda job: replace(job, evicted_at=None))
+            return False
+        return True
 
 
 def evicted(job: Job) -> Job:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -96,7 +97,7 @@ class Studio:
         self.room = Room(media)
         self.checks: list[Callable[[], str | None]] = []  # other parts' reasons in `health`
         self._ids = JobIds(last=history.last_id)
-        self._withdrawn: set[str] = set()
+        self._withdrawn: Counter[str] = Counter()  # by job id: cancels that are being written
         self._janitor: asyncio.Task[None] | None = None
         self._housework = asyncio.Event()  # set when the janitor should not wait for its hour
         self._enhancing = asyncio.Lock()
@@ -139,24 +140,29 @@ class Studio:
         await self._mend_ownerless()
         going_on = {job.id for job in self.history.with_status(JobStatus.PENDING)}
         await asyncio.to_thread(self.media.sweep_checkpoints, going_on)
-        for job_id in self.media.job_ids():
-            found = self.history.get(job_id)
-            if found is None:
-                log.warning(
-                    "video of job %s has no record; left in place, to be adopted by"
-                    " python -m mochi_app.history restore", job_id,
-                )  # fmt: skip
-            elif found.status is not JobStatus.COMPLETED:
-                await asyncio.to_thread(self.media.remove, job_id)
-            elif found.deleted_at is not None:
-                await asyncio.to_thread(self.media.withhold, job_id)
-            elif found.evicted_at is not None:
-                await asyncio.to_thread(self.media.remove_video, job_id)
-        for job_id in self.media.withheld_ids():
-            found = self.history.get(job_id)
-            if found is not None and found.deleted_at is None:
-                await asyncio.to_thread(self.media.unwithhold, job_id)
+        for job_id in {*self.media.job_ids(), *self.media.withheld_ids()}:
+            try:
+                await asyncio.to_thread(self._put_right, job_id)
+            except OSError as error:  # one file is no reason not to start
+                log.error("job %s: its video stays as it is: %s", job_id, error)
         await self._tell_of_strays()
+
+    def _put_right(self, job_id: str) -> None:
+        """Have a video be where its record says. Raises OSError."""
+        found = self.history.get(job_id)
+        if found is None:
+            log.warning(
+                "video of job %s has no record; left in place, to be adopted by"
+                " python -m mochi_app.history restore", job_id,
+            )  # fmt: skip
+        elif found.status is not JobStatus.COMPLETED:
+            self.media.remove(job_id)
+        elif found.deleted_at is not None:
+            self.media.withhold(job_id)
+        else:
+            self.media.unwithhold(job_id)
+            if found.evicted_at is not None:
+                self.media.remove_video(job_id)
 
     async def _tell_of_strays(self) -> None:
         """Remove posters of jobs that have no video, and log what does not fit together."""
@@ -205,11 +211,12 @@ class Studio:
 
     async def _keep_house(self) -> None:
         while True:
+            self.live.forget_ended()
             try:
+                await self.room.look()
                 await self._mend_ownerless()
                 await self.shelf.empty_trash(older_than_hours=self.settings.trash_hours)
                 await self.shelf.enforce_quota()
-                self.live.forget_ended()
             except Exception:
                 log.exception("housekeeping failed; it is tried again")
                 await asyncio.sleep(JANITOR_RETRY_SECONDS)
@@ -319,8 +326,8 @@ class Studio:
             if not await self.shelf.purge_next():
                 raise RequestError(f"{lack}: delete videos or free the disk")
         promised = sum(video_bytes(one) for one in self._accepted())
-        full = self.media.total_bytes() + promised > self.shelf.quota_bytes
-        if full and not self.history.evictable(1):
+        full = not self.shelf.fits(promised)
+        if full and not self.shelf.can_make_room:
             raise RequestError(
                 f"the quota of {self.settings.quota_gib:g} GiB is full of starred videos and of"
                 " jobs that wait: unstar or delete some"
@@ -432,11 +439,11 @@ class Studio:
                 self.pool.slots[live.slot].slot.cancel(job.id)
             self.changed.beat()
             return job
-        self._withdrawn.add(job.id)  # so that it is not claimed while this is written
+        self._withdrawn[job.id] += 1  # so that it is not claimed while this is written
         try:
             job = await self.history.update(job.id, withdrawn)
         finally:
-            self._withdrawn.discard(job.id)
+            self._withdrawn -= Counter([job.id])
         self._queue_moved()
         await self._drop_checkpoint(job.id)
         return job
@@ -492,7 +499,7 @@ class Studio:
     @property
     def waiting(self) -> list[Job]:
         """Jobs that wait for a slot, oldest first."""
-        taken = self.live.claimed | self._withdrawn
+        taken = self.live.claimed | self._withdrawn.keys()
         return [job for job in self.history.with_status(JobStatus.PENDING) if job.id not in taken]
 
     @property
@@ -544,6 +551,14 @@ class Studio:
             reason = reason or lack
         return reason
 
+    @property
+    def _short_of_room(self) -> str | None:
+        """Why the disk would not take a video now, of a job that waits or of the usual size."""
+        if self.waiting:
+            return self.waits_for_room
+        usual = self.defaults.height * self.defaults.width * self.defaults.num_frames
+        return self.room.lack_for(usual)
+
     async def _next_pair(self) -> tuple[SupervisedSlot, Job] | None:
         if self.pool.ready_slot() is None or not self.waiting:
             return None
@@ -589,16 +604,16 @@ class Studio:
             self.metrics.started(job)
             log.info("started: attempt %d, %d steps", job.attempts, job.num_inference_steps)
             self.changed.beat()
-            good = await self._attempt(slot, job, live)
-            if live.cancel_requested:  # and the job was requeued, its slot having died
-                await self.history.update(job.id, withdrawn)
-            return good
+            return await self._attempt(slot, job, live)
         except HistoryError as error:
             log.error("job %s: its record could not be written: %s", job.id, error)
             await asyncio.sleep(STORE_PAUSE_SECONDS)
             self._housework.set()
             return True
         finally:
+            if live.cancel_requested:  # its slot died, or it never began
+                with contextlib.suppress(HistoryError):
+                    await self._record(job.id, withdrawn)
             self.live.release(job.id)
             self.changed.beat()
             await self._drop_checkpoint(job.id)
@@ -741,7 +756,9 @@ class Studio:
         """How long the job's run may stand still on this machine."""
         usual = self.defaults.height * self.defaults.width * self.defaults.num_frames
         timeouts = self.settings.patience
-        chosen = scheduling.patience(job, self.live.speeds, timeouts, usual)
+        # What killed a slot may be a deadline that another, faster slot has taught.
+        speeds = self.live.speeds if not job.deaths else scheduling.Speeds()
+        chosen = scheduling.patience(job, speeds, timeouts, usual)
         if self.settings.compile:  # at the first video of a new size: minutes
             chosen = replace(chosen, step=max(chosen.step, timeouts.step))
         return chosen
@@ -827,7 +844,9 @@ class Studio:
         if self.history.problem is not None:
             reasons.append(without_folders(self.history.problem))
         warnings = [self.backups.problem] if self.backups.problem is not None else []
-        reasons += filter(None, [self.waits_for_room, *(check() for check in self.checks)])
+        if not self.shelf.fits(0) and not self.shelf.can_make_room:
+            reasons.append("the quota is full of starred videos")
+        reasons += filter(None, [self._short_of_room, *(check() for check in self.checks)])
         slots = [slot.describe() for slot in self.pool.slots]
         return {"ok": not reasons, "reasons": reasons, "warnings": warnings, "slots": slots}
 

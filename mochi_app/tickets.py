@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 SECRET_HEADER = "x-mochi-ticket"
 ENDPOINT = "engine_turn"
 RETRY_SECONDS = 1.0
+LEAST_SECONDS = 0.1  # between two tickets that found nothing to do
 WATCH_SECONDS = 1.0
 STALL_SECONDS = 10.0  # a ready slot and a job meet within milliseconds when all is well
 
@@ -112,9 +113,12 @@ class Tickets:
         self._changed.beat()
 
     async def _ticket(self) -> None:
+        began = time.monotonic()
         try:
             await self._post()
             self.last_error = None
+            if time.monotonic() - began < LEAST_SECONDS:  # there was nothing to run after all
+                await asyncio.sleep(LEAST_SECONDS)
         except Exception as error:  # noqa: BLE001 - whatever the queue raised, another follows
             self.last_error = f"{type(error).__name__}: {error}"
             log.error("a ticket was lost: %s", self.last_error)

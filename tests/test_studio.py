@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from mochi_app.history import HistoryError
 from mochi_app.jobs import Conflict, Job, JobStatus, NotFound, RequestError
 from mochi_app.live import Live
 from mochi_app.studio import Studio
@@ -264,8 +265,9 @@ async def test_a_cancelled_job_leaves_no_checkpoint(make_studio: MakeStudio) -> 
     job = await studio.submit(prompt="kill at 6")
     await eventually(lambda: studio.find(job.id).deaths, "its death")
     assert checkpoints(studio) == [job.id]
-    await studio.cancel(job.id)
-    assert checkpoints(studio) == []
+    await studio.cancel(job.id)  # its run may just be ending
+    await eventually(lambda: checkpoints(studio) == [], "no checkpoint")
+    assert studio.find(job.id).status is JobStatus.CANCELLED
 
 
 async def test_checkpoints_of_jobs_that_are_gone_are_swept_at_start(
@@ -688,3 +690,108 @@ async def test_a_stop_ends_a_janitor_that_was_called_at_that_moment(
     janitor.cancel()
     await asyncio.wait([janitor], timeout=5)
     assert janitor.cancelled()
+
+
+async def test_a_cancel_outlives_a_store_that_refuses_the_start(
+    make_studio: MakeStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studio = await make_studio()
+    update = studio.history.update
+    refusals = iter([HistoryError("the disk is full")])
+
+    async def refusing(job_id: str, change: Callable[[Job], Job]) -> Job:
+        if change(studio.find(job_id)).status is JobStatus.PROCESSING:
+            for refusal in refusals:
+                await studio.cancel(job_id)
+                raise refusal
+        return await update(job_id, change)
+
+    monkeypatch.setattr(studio.history, "update", refusing)
+    job = await studio.submit(prompt="p")
+    assert (await ended(studio, job)).status is JobStatus.CANCELLED
+    assert next(refusals, None) is None
+
+
+async def test_two_cancels_at_once_are_one(
+    make_studio: MakeStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studio = await make_studio(turns=False)
+    job = await studio.submit(prompt="p")
+    update = studio.history.update
+    refused = asyncio.Event()
+
+    async def first_refuses(job_id: str, change: Callable[[Job], Job]) -> Job:
+        if not refused.is_set():
+            refused.set()
+            raise HistoryError("the disk is full")
+        assert job_id not in [one.id for one in studio.waiting]
+        return await update(job_id, change)
+
+    monkeypatch.setattr(studio.history, "update", first_refuses)
+    outcomes = await asyncio.gather(
+        studio.cancel(job.id), studio.cancel(job.id), return_exceptions=True
+    )
+    assert isinstance(outcomes[0], HistoryError)
+    assert studio.find(job.id).status is JobStatus.CANCELLED
+
+
+async def test_a_file_that_stays_does_not_keep_the_others(
+    make_studio: MakeStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studio = await make_studio()
+    jobs = [await ended(studio, await studio.submit(prompt="p", seed=i)) for i in range(4)]
+    for job in jobs[:2]:
+        await studio.delete(job.id)
+    stuck = {jobs[0].id, jobs[2].id}
+    for name in ("remove", "remove_video"):
+        removing = getattr(studio.media, name)
+
+        def refuse(job_id: str, removing: Callable[[str], None] = removing) -> None:
+            if job_id in stuck:
+                raise PermissionError(13, "Permission denied")
+            removing(job_id)
+
+        monkeypatch.setattr(studio.media, name, refuse)
+    assert await studio.empty_trash() == 1
+    assert [job.id for job in studio.history.trashed()] == [jobs[0].id]
+    studio.shelf.quota_bytes = 1
+    await studio.shelf.enforce_quota()
+    kept, gone = studio.status(jobs[2].id), studio.status(jobs[3].id)
+    assert kept["evicted_at"] is None
+    assert gone["evicted_at"] is not None
+
+
+async def test_a_quota_that_the_trash_fills_refuses_nothing(make_studio: MakeStudio) -> None:
+    studio = await make_studio()
+    jobs = [await ended(studio, await studio.submit(prompt="p", seed=i)) for i in range(2)]
+    await studio.star(jobs[0].id)
+    studio.shelf.quota_bytes = studio.media.total_bytes()
+    await studio.delete(jobs[1].id)
+    assert studio.health()["ok"]
+    assert (await ended(studio, await studio.submit(prompt="p"))).status is JobStatus.COMPLETED
+    assert studio.history.get(jobs[1].id) is None
+
+
+async def test_health_tells_of_a_full_disk_and_a_full_quota_while_nothing_waits(
+    make_studio: MakeStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studio = await make_studio()
+    job = await ended(studio, await studio.submit(prompt="p"))
+    assert studio.health()["ok"]
+    monkeypatch.setattr(studio.media, "free_bytes", lambda: 0)
+    await studio.room.look()
+    assert "0 MiB free" in studio.health()["reasons"][0]
+    monkeypatch.undo()
+    await studio.room.look()
+    await studio.star(job.id)
+    studio.shelf.quota_bytes = 1
+    assert studio.health()["reasons"] == ["the quota is full of starred videos"]
+
+
+async def test_a_job_that_a_slot_died_of_has_the_time_of_a_machine_not_measured(
+    make_studio: MakeStudio,
+) -> None:
+    studio = await make_studio(step_timeout=60)
+    job = await ended(studio, await studio.submit(prompt="p"))
+    assert studio._patience(job).step == pytest.approx(20)
+    assert studio._patience(replace(job, deaths=["at step 3"])).step == 60

@@ -21,6 +21,8 @@ from gradio.block_function import BlockFunction
 from gradio.queueing import Event, Queue
 from gradio.server_messages import EventMessage, ProcessCompletedMessage, ServerMessage
 
+from mochi_app.errors import one_line
+
 log = logging.getLogger(__name__)
 
 MOST_SESSIONS = 1500  # well below the 2000 at which Gradio drops sessions that somebody waits for
@@ -222,7 +224,7 @@ def ending(task: asyncio.Future[None]) -> str:
     if task.cancelled():
         return "cancelled"
     error = task.exception()
-    return f"{type(error).__name__}: {error}" if error else "it returned"
+    return one_line(error) if error else "it returned"
 
 
 def use_studio_queue(
