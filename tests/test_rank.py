@@ -415,7 +415,7 @@ def test_a_terminal_interrupt_is_the_parents_affair(fake: Child) -> None:
 def test_a_parent_that_talks_nonsense_ends_it(fake: Child, line: bytes) -> None:
     fake.socket.sendall(line)
     assert fake.process.wait(10) == 3
-    assert fake.stderr().splitlines()[-1].startswith("channel: ")
+    assert any(line.startswith("channel: ") for line in fake.stderr().splitlines())
 
 
 def test_a_model_that_does_not_load_is_one_line_and_a_status(tmp_path: Path) -> None:
