@@ -40,6 +40,7 @@ def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         program=("-m", "tests.faults.server", "ok"),
         MOCHI_AUTH_FILE=str(path),
         MOCHI_API_TOKEN=TOKEN,
+        MOCHI_TRUSTED_PROXIES="127.0.0.1",  # the callers of these cases say where they come from
     )
     served.start().headers = {"authorization": f"Bearer {TOKEN}"}
     yield served.ready()
