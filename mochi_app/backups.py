@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mochi_app.errors import without_folders
+from mochi_app.files import fsync
 from mochi_app.record_store import (
     BUSY_SECONDS,
     DATABASE,
@@ -113,16 +114,7 @@ def copy_database(
     with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy:
         source.backup(copy, pages=PAGES_PER_STEP, progress=look)
         copy.execute("PRAGMA journal_mode=DELETE").fetchone()  # else it would need two more files
-    flush(target)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(target)
 
 
 def own(path: Path, like: Path) -> None:
@@ -173,7 +165,7 @@ def keep(temporary: Path, sentinel: Sentinel | None, history: Path) -> Backup:
     path = temporary.with_name(f"history-{stamp}Z-{meta['store'][:8]}-{writes}.db")
     own(temporary, history)
     os.replace(temporary, path)
-    flush(path.parent)
+    fsync(path.parent)
     return Backup(path, now, meta["store"][:8], writes)
 
 

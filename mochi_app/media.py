@@ -21,6 +21,7 @@ from typing import Any
 
 import imageio_ffmpeg
 
+from mochi_app.files import fsync
 from mochi_app.jobs import JOB_ID, parse_job_id, shown
 
 VIDEO_SUFFIX = ".mp4"
@@ -324,15 +325,6 @@ def inside(folder: Path, name: str) -> Path:
     if path.is_symlink() or not path.is_file():
         raise MediaError(f"{shown(name)}: no such file in {folder.name}")
     return path
-
-
-def fsync(path: Path) -> None:
-    """Wait until the file's content, or the folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import Any
 import diskcache
 import orjson
 
+from mochi_app.files import fsync
 from mochi_app.job_index import JobIndex, RequestKey
 from mochi_app.jobs import Job, shown
 
@@ -183,11 +184,7 @@ def replace_file(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    fsync(path.parent)
 
 
 def check_nothing_left(data_dir: Path, path: Path) -> None:

@@ -30,12 +30,12 @@ from mochi_app.backups import (
     TIME_FORMAT,
     Backup,
     copy_database,
-    flush,
     list_backups,
     make_backup,
     own,
     reading,
 )
+from mochi_app.files import fsync
 from mochi_app.job_index import JobIndex
 from mochi_app.jobs import (
     MAX_GUIDANCE_SCALE,
@@ -347,11 +347,11 @@ def put_in_place(ready: Path, history: Path, said: Sentinel) -> Path:
     for name in (f"{DATABASE}-wal", f"{DATABASE}-shm", f"{DATABASE}-journal", DATABASE):
         if (history / name).exists():
             os.replace(history / name, aside / name)
-    flush(aside)
+    fsync(aside)
     own(ready, history)
-    flush(ready)
+    fsync(ready)
     os.replace(ready, history / DATABASE)
-    flush(history)
+    fsync(history)
     replace_file(history / SENTINEL, said.content())
     own(history / SENTINEL, history)
     return aside

@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 
 from mochi_app import __version__
 from mochi_app.engine.messages import Configure, Run
+from mochi_app.files import fsync
 
 logger = logging.getLogger(__name__)
 
@@ -171,15 +172,6 @@ def reason(error: Exception) -> str:
 def digest(latents: Latents) -> str:
     """SHA-256 of the numbers."""
     return hashlib.sha256(np.ascontiguousarray(latents).data).hexdigest()
-
-
-def fsync(folder: Path) -> None:
-    """Wait until the folder's list of names is on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Trail:
