@@ -58,6 +58,13 @@ class Served:
         assert self._process is not None, "not started"
         return self._process
 
+    @property
+    def memory_mib(self) -> float:
+        """What the server's process keeps in memory of its own, without the files it has mapped:
+        those come and go as the system likes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
     def start(self) -> Served:
         """Start the server; returns once it answers, which is before its model is loaded."""
         inherited = {

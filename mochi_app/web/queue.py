@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 MOST_SESSIONS = 1500  # well below the 2000 at which Gradio drops sessions that somebody waits for
 MOST_EVENTS = 128  # answers of one session that wait to be read
 MOST_MESSAGES = 256  # of one session; a job that is watched sends about one a second
+MOST_STATES = 64  # sessions whose `gr.State` is kept. Nothing here has any, and each takes 140 KB
 STEADY_SECONDS = 1.0  # a loop that runs so long is well again
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0  # seconds before a loop is started again
 NEWS = (ServerMessage.estimation, ServerMessage.progress, ServerMessage.heartbeat)
@@ -230,8 +231,9 @@ def ending(task: asyncio.Future[None]) -> str:
 def use_studio_queue(
     blocks: gr.Blocks, *, max_threads: int, update_seconds: float, **options: Any
 ) -> StudioQueue:
-    """Give `blocks` its queue, with Gradio's other `options`."""
+    """Give `blocks` its queue, with Gradio's other `options`; before `blocks` is mounted."""
     blocks.max_threads = max_threads
+    blocks.state_session_capacity = MOST_STATES
     blocks.queue(**options)
     queue = StudioQueue(blocks, max_threads=max_threads, update_seconds=update_seconds)
     blocks._queue = queue

@@ -106,14 +106,8 @@ async def asked_during(
     taken = np.array(await asking)
     p50, p95 = (float(np.percentile(taken, part)) for part in (50, 95))
     measured = {"p50": p50, "p95": p95, "max": float(taken.max()), "calls": len(taken)}
-    memory = {"memory_mib": memory_mib(served.process.pid)}
+    memory = {"memory_mib": served.memory_mib}
     return measured | memory | {"seconds": seconds, "cores": cpu / seconds}, result
-
-
-def memory_mib(pid: int) -> float:
-    """Resident memory of a process."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
 def by_status(served: Served) -> dict[str, int]:
