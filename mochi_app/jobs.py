@@ -268,7 +268,8 @@ class Job:
     `video` and `poster` are file names inside their folders, set once the file is in place.
     `deaths` says how slots died of the job with no new checkpoint in between, and `checkpoint_at`
     is the time of the checkpoint that there was at the last of them, 0 for none.
-    `resumed_step` is the step after which the run went on that made the video.
+    `resumed_step` is the step after which the run went on that made the video. `cancel_requested`
+    says that somebody wants an end of it: whoever finds it not running cancels it.
     """
 
     id: str
@@ -311,6 +312,7 @@ class Job:
     deaths: Sequence[str] = field(default_factory=list)
     checkpoint_at: float = 0.0
     resumed_step: int = 0
+    cancel_requested: bool = False
 
     @classmethod
     def from_request(cls, request: GenerationRequest, *, id: str, kind: str, **extra: Any) -> Job:

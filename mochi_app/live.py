@@ -104,7 +104,8 @@ class LiveJobs:
             "stage": live.stage if live else "",
             "tile": live.tiles[0] if live else 0,
             "tiles": live.tiles[1] if live else 0,
-            "cancel_requested": bool(live and live.cancel_requested),
+            "cancel_requested": not job.status.terminal
+            and (job.cancel_requested or bool(live and live.cancel_requested)),
             "position": place.position if place else None,
             "eta_seconds": self._eta(job, live, place),
             "waits_for": self._lacks(job) if job.status is JobStatus.PENDING else None,

@@ -16,12 +16,10 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
-from mochi_app import __version__, scheduling
+from mochi_app import scheduling
 from mochi_app.accounts import ANONYMOUS, HOUSE, Caller
 from mochi_app.backups import Backups
-from mochi_app.engine import messages
 from mochi_app.engine.pool import Pool, SupervisedSlot
-from mochi_app.engine.slot import JobCancelled, JobFailed, Slot, SlotDied, SlotState
 from mochi_app.errors import without_folders
 from mochi_app.history import History, HistoryError, JobQuery
 from mochi_app.jobs import (
@@ -39,21 +37,20 @@ from mochi_app.jobs import (
     walkable,
     whole,
 )
-from mochi_app.live import Live, LiveJobs
+from mochi_app.live import LiveJobs
 from mochi_app.logs import about
 from mochi_app.loras import lora_names
-from mochi_app.media import MediaError, MediaStore
+from mochi_app.media import MediaStore
+from mochi_app.mending import Mender
 from mochi_app.metrics import Metrics
 from mochi_app.pulse import Pulse
-from mochi_app.room import DISK_FULL, Room, video_bytes
-from mochi_app.settings import ModelDefaults, Patience, Settings
+from mochi_app.room import Room, video_bytes
+from mochi_app.runs import Runs, to_be_cancelled, withdrawn
+from mochi_app.settings import ModelDefaults, Settings
 from mochi_app.shelf import Shelf
 
 log = logging.getLogger(__name__)
 
-POISON_DEATHS = 2  # slots that die of a job with no checkpoint in between
-MAX_ATTEMPTS = 20  # whatever it achieved in each
-MAX_REASON_CHARS = 300
 MAX_PAGE_SIZE = 100
 MAX_QUERY_CHARS = 200
 JANITOR_SECONDS = 60.0
@@ -65,7 +62,6 @@ INHERITED = (
     "batch_id", "prompt", "negative_prompt", "seed", "guidance_scale", "height", "width",
     "num_frames", "fps", "schedule", "lora", "lora_scale", "options",
 )  # fmt: skip
-STORE_PAUSE_SECONDS = 1.0  # so that a store that refuses writes is not tried in a tight loop
 
 
 class Studio:
@@ -100,6 +96,12 @@ class Studio:
         self._withdrawn: Counter[str] = Counter()  # by job id: cancels that are being written
         self._janitor: asyncio.Task[None] | None = None
         self._housework = asyncio.Event()  # set when the janitor should not wait for its hour
+        self._mender = Mender(history, media, self.changed, self.live.claimed)
+        self._runs = Runs(
+            settings, defaults, history, media,
+            live=self.live, shelf=self.shelf, metrics=self.metrics, changed=self.changed,
+            stopping=lambda: self.stopping, on_unwritten=self._housework.set,
+        )  # fmt: skip
         self._enhancing = asyncio.Lock()
         self._accepting: list[Job] = []  # between the look at the backlog and their record
         self._turns = 0  # tickets that see a run to its end
@@ -109,7 +111,7 @@ class Studio:
 
     async def start(self) -> None:
         """Take over what an earlier process left, then bring up the slots."""
-        await self._recover()
+        await self._mender.take_over()
         self._learn_speeds()
         self._janitor = asyncio.create_task(self._keep_house(), name="janitor")
         self.backups.start()
@@ -129,80 +131,6 @@ class Studio:
         await self.backups.stop()
         await self.pool.stop(self.settings.drain_seconds)
 
-    async def _recover(self) -> None:
-        """Adopt finished files, requeue interrupted jobs, remove what a cancel left behind."""
-        for job in self.history.with_status(JobStatus.CREATED):
-            await self.history.update(job.id, lambda job: job.moved(JobStatus.PENDING))
-        for job_id in self.media.job_ids():  # made since, when the record is an older copy's
-            found = self.history.get(job_id)
-            if found is not None and found.status is JobStatus.PENDING:
-                await self.history.update(job_id, lambda job: job.moved(JobStatus.PROCESSING))
-        await self._mend_ownerless()
-        going_on = {job.id for job in self.history.with_status(JobStatus.PENDING)}
-        await asyncio.to_thread(self.media.sweep_checkpoints, going_on)
-        for job_id in {*self.media.job_ids(), *self.media.withheld_ids()}:
-            try:
-                await asyncio.to_thread(self._put_right, job_id)
-            except OSError as error:  # one file is no reason not to start
-                log.error("job %s: its video stays as it is: %s", job_id, error)
-        await self._tell_of_strays()
-
-    def _put_right(self, job_id: str) -> None:
-        """Have a video be where its record says. Raises OSError."""
-        found = self.history.get(job_id)
-        if found is None:
-            log.warning(
-                "video of job %s has no record; left in place, to be adopted by"
-                " python -m mochi_app.history restore", job_id,
-            )  # fmt: skip
-        elif found.status is not JobStatus.COMPLETED:
-            self.media.remove(job_id)
-        elif found.deleted_at is not None:
-            self.media.withhold(job_id)
-        else:
-            self.media.unwithhold(job_id)
-            if found.evicted_at is not None:
-                self.media.remove_video(job_id)
-
-    async def _tell_of_strays(self) -> None:
-        """Remove posters of jobs that have no video, and log what does not fit together."""
-        for job_id in await asyncio.to_thread(self.media.poster_ids):
-            found = self.history.get(job_id)
-            if found is not None and found.status is not JobStatus.COMPLETED:
-                await asyncio.to_thread(self.media.remove, job_id)
-        strays = await asyncio.to_thread(self.media.strays)
-        if strays:
-            log.warning("%d files in videos are not the app's; left: %s", len(strays), strays[:5])
-        made = self.history.with_status(JobStatus.COMPLETED)
-        there = self.media.has_video
-        missing = [job.id for job in made if job.evicted_at is None and not there(job.id)]
-        if missing:
-            log.error("the videos of %d jobs are gone from the disk: %s", len(missing), missing[:5])
-
-    async def _mend_ownerless(self) -> None:
-        """Adopt or requeue jobs that are PROCESSING on paper only: their server died, or the
-        record of their end could not be written."""
-        for job in self.history.with_status(JobStatus.PROCESSING):
-            if job.id in self.live.claimed:
-                continue
-            if self.media.video_path(job.id) is not None:
-                log.info("job %s: adopted its finished video", job.id)
-                await self.history.update(job.id, self._adopted)
-                await self._drop_checkpoint(job.id)
-            else:
-                log.info("job %s: interrupted, queued again", job.id)
-                await self.history.update(job.id, interrupted)
-            self.changed.beat()
-
-    def _adopted(self, job: Job) -> Job:
-        video, poster = self.media.video_path(job.id), self.media.poster_path(job.id)
-        return job.moved(
-            JobStatus.COMPLETED,
-            completed_processing_at=time.time(),
-            video=video.name if video else None,
-            poster=poster.name if poster else None,
-        )
-
     def _learn_speeds(self) -> None:
         query = JobQuery(status=frozenset({JobStatus.COMPLETED}), page_size=SPEED_SAMPLE)
         for job in reversed(self.history.list(query).jobs):
@@ -214,7 +142,7 @@ class Studio:
             self.live.forget_ended()
             try:
                 await self.room.look()
-                await self._mend_ownerless()
+                await self._mender.mend()
                 await self.shelf.empty_trash(older_than_hours=self.settings.trash_hours)
                 await self.shelf.enforce_quota()
             except Exception:
@@ -438,14 +366,18 @@ class Studio:
             if live.slot is not None:
                 self.pool.slots[live.slot].slot.cancel(job.id)
             self.changed.beat()
-            return job
+            try:  # what is left to do after a crash of the server; now it is being done
+                return await self.history.update(job.id, to_be_cancelled)
+            except HistoryError as error:
+                log.warning("job %s: its cancel is not written down: %s", job.id, error)
+                return job
         self._withdrawn[job.id] += 1  # so that it is not claimed while this is written
         try:
             job = await self.history.update(job.id, withdrawn)
         finally:
             self._withdrawn -= Counter([job.id])
         self._queue_moved()
-        await self._drop_checkpoint(job.id)
+        await self._runs.drop_checkpoint(job.id)
         return job
 
     async def star(self, job_id: Any, starred: Any = True) -> Job:
@@ -500,7 +432,8 @@ class Studio:
     def waiting(self) -> list[Job]:
         """Jobs that wait for a slot, oldest first."""
         taken = self.live.claimed | self._withdrawn.keys()
-        return [job for job in self.history.with_status(JobStatus.PENDING) if job.id not in taken]
+        pending = self.history.with_status(JobStatus.PENDING)
+        return [job for job in pending if not (job.id in taken or job.cancel_requested)]
 
     @property
     def tickets_needed(self) -> int:
@@ -527,7 +460,7 @@ class Studio:
                     count = await self.changed.after(count)
         slot, job = pair
         with about(slot=slot.slot.index, job=job.id):
-            run = self.pool.run(slot, lambda slot: self._execute(slot, job))
+            run = self.pool.run(slot, lambda slot: self._runs.execute(slot, job))
         self._turns += 1
         try:
             await asyncio.shield(run)
@@ -586,229 +519,6 @@ class Studio:
         self.live.claim(job.id)
         return slot, job
 
-    async def _execute(self, slot: Slot, job: Job) -> bool:
-        """Run a claimed job on a leased slot; True when the slot did its work."""
-        live = self.live.jobs[job.id]
-        try:
-            job = await self.history.update(
-                job.id,
-                lambda job: job.moved(
-                    JobStatus.PROCESSING,
-                    started_processing_at=time.time(),
-                    attempts=job.attempts + 1,
-                    model=self.settings.model_name,
-                    slot=slot.index,
-                    error=None,
-                ),
-            )
-            self.metrics.started(job)
-            log.info("started: attempt %d, %d steps", job.attempts, job.num_inference_steps)
-            self.changed.beat()
-            return await self._attempt(slot, job, live)
-        except HistoryError as error:
-            log.error("job %s: its record could not be written: %s", job.id, error)
-            await asyncio.sleep(STORE_PAUSE_SECONDS)
-            self._housework.set()
-            return True
-        finally:
-            if live.cancel_requested:  # its slot died, or it never began
-                with contextlib.suppress(HistoryError):
-                    await self._record(job.id, withdrawn)
-            self.live.release(job.id)
-            self.changed.beat()
-            await self._drop_checkpoint(job.id)
-
-    async def _attempt(self, slot: Slot, job: Job, live: Live) -> bool:
-        try:
-            done, video, poster = await self._make(slot, job, live)
-        except JobCancelled:
-            await self._record(job.id, cancelled)
-            return True
-        except JobFailed as error:
-            if error.disk_full:
-                await self._disk_full(job, str(error))
-            else:
-                await self._fail(job, str(error))
-            return not slot.dying
-        except SlotDied as error:
-            live.blameless = live.blameless or slot.blameless or self.stopping
-            await self._interrupted(job, live, str(error))
-            return False
-        except (OSError, MediaError) as error:
-            log.exception("job %s: its video could not be kept", job.id)
-            if isinstance(error, OSError) and error.errno in DISK_FULL:
-                await self._disk_full(job, reason_of(error))
-            else:
-                await self._fail(job, f"the video could not be kept: {reason_of(error)}")
-            return True
-        job = await self._record(
-            job.id,
-            lambda job: job.moved(
-                JobStatus.COMPLETED,
-                completed_processing_at=time.time(),
-                seconds=done.seconds,
-                hashes={"frames": done.frames_hash, "latents": done.latents_hash},
-                video=video,
-                poster=poster,
-                resumed_step=live.resumed_step,
-            ),
-        )
-        self.live.speeds.observe(job)
-        self.metrics.completed(job)
-        log.info("completed in %.1f s", sum(done.seconds.values()))
-        return True
-
-    async def _record(self, job_id: str, change: Callable[[Job], Job]) -> Job:
-        """Write what became of a run, as soon as the store takes it: its work is done only once."""
-        while True:
-            try:
-                return await self.history.update(job_id, change)
-            except HistoryError:
-                if self.stopping:  # the next start finds the video, or queues the job again
-                    raise
-            await asyncio.sleep(STORE_PAUSE_SECONDS)
-
-    async def _make(self, slot: Slot, job: Job, live: Live) -> tuple[messages.Done, str, str]:
-        """Run the job and put its files in place: what the rank says, names of video and poster.
-
-        Whatever this raises, nothing of the run is left in the slot's scratch folder.
-        """
-        try:
-            if live.cancel_requested:
-                raise JobCancelled
-            live.slot = slot.index
-            # One that is dying by now dies of something older than this job
-            live.blameless = slot.dying or slot.state is not SlotState.READY
-            done = await slot.run(
-                self._request(job), lambda event: self._hear(live, event), self._patience(job)
-            )
-            await self._make_room(
-                await asyncio.to_thread(self.media.scratch_size, slot.index, done.video)
-            )
-            video, poster = await asyncio.to_thread(
-                self.media.finalise, job.id, slot.index, done.video, done.poster
-            )
-            return done, video, poster
-        finally:
-            await asyncio.to_thread(self.media.tidy, slot.index, job.id)
-
-    async def _make_room(self, size: int) -> None:
-        try:
-            await self.shelf.make_room(size)
-        except (HistoryError, OSError) as error:  # the janitor tries again; the video comes first
-            log.error("no room was made under the quota: %s", error)
-
-    async def _fail(self, job: Job, error: str) -> None:
-        log.warning("job %s failed: %s", job.id, error)
-        await self._record(
-            job.id,
-            lambda job: job.moved(
-                JobStatus.FAILED, completed_processing_at=time.time(), error=error
-            ),
-        )
-
-    async def _disk_full(self, job: Job, error: str) -> None:
-        """The disk filled up under a running job: once more, when it has room."""
-        if job.attempts < MAX_ATTEMPTS:
-            reason = "the disk filled up while its video was written"
-            log.error("job %s: %s; queued again: %s", job.id, reason, error)
-            await self._record(job.id, lambda job: job.moved(JobStatus.PENDING, error=reason))
-        else:
-            await self._fail(
-                job, f"the disk was full {job.attempts} times: free it and ask again ({error})"
-            )
-
-    async def _interrupted(self, job: Job, live: Live, reason: str) -> None:
-        """The slot is gone: once more from the queue, unless the job is poison to slots.
-
-        It is when slots die of it and no checkpoint comes in between. What counts is in the record
-        before the next attempt, so that the end of a server changes nothing.
-        """
-        if live.blameless:
-            log.warning("job %s: %s; queued again, the attempt does not count", job.id, reason)
-            await self._record(job.id, interrupted)
-            return
-        checkpoint_at = await asyncio.to_thread(self.media.checkpoint_time, job.id)
-        advanced = checkpoint_at not in (0, job.checkpoint_at)
-        before = [] if advanced else job.deaths
-        reason = without_folders(reason)
-        where = f"at step {live.step} of {job.num_inference_steps}: {reason}"
-        deaths = [*before, where[:MAX_REASON_CHARS]]
-        if len(deaths) >= POISON_DEATHS:
-            times = f"{len(deaths)} slots died of it and it came no further"
-            await self._fail(job, f"poison: {times}; " + "; ".join(deaths))
-        elif job.attempts >= MAX_ATTEMPTS:
-            await self._fail(job, f"the engine died {job.attempts} times on it, last {where}")
-        else:
-            log.warning("job %s: %s; queued again", job.id, where)
-            died = {"deaths": deaths, "checkpoint_at": checkpoint_at}
-            await self._record(
-                job.id, lambda job: job.moved(JobStatus.PENDING, error=reason, **died)
-            )
-
-    async def _drop_checkpoint(self, job_id: str) -> None:
-        """Remove the checkpoint of a job that has ended."""
-        job = self.history.get(job_id)
-        if job is None or job.status.terminal:
-            await asyncio.to_thread(self.media.remove_checkpoint, job_id)
-
-    def _patience(self, job: Job) -> Patience:
-        """How long the job's run may stand still on this machine."""
-        usual = self.defaults.height * self.defaults.width * self.defaults.num_frames
-        timeouts = self.settings.patience
-        # What killed a slot may be a deadline that another, faster slot has taught.
-        speeds = self.live.speeds if not job.deaths else scheduling.Speeds()
-        chosen = scheduling.patience(job, speeds, timeouts, usual)
-        if self.settings.compile:  # at the first video of a new size: minutes
-            chosen = replace(chosen, step=max(chosen.step, timeouts.step))
-        return chosen
-
-    def _request(self, job: Job) -> messages.Run:
-        facts: dict[str, Any] = {
-            "job_id": job.id,
-            "prompt": job.prompt,
-            "negative_prompt": job.negative_prompt,
-            "seed": job.seed,
-            "num_inference_steps": job.num_inference_steps,
-            "guidance_scale": job.guidance_scale,
-            "height": job.height,
-            "width": job.width,
-            "num_frames": job.num_frames,
-            "fps": job.fps,
-            "schedule": job.schedule,
-            "lora": job.lora,
-            "lora_scale": job.lora_scale,
-        }
-        more = {
-            "kind": job.kind,
-            "parent_id": job.parent_id,
-            "model": job.model,
-            "version": __version__,
-        }
-        every = self.settings.checkpoint_steps
-        return messages.Run(
-            **facts,
-            metadata=facts | more,
-            checkpoint=str(self.media.checkpoint(job.id)) if every else "",
-            checkpoint_steps=every,
-        )
-
-    def _hear(self, live: Live, event: messages.JobEvent) -> None:
-        match event:
-            case messages.Stage():
-                live.stage, live.stage_began = event.stage, time.monotonic()
-            case messages.Resumed():
-                live.step = live.resumed_step = event.step
-            case messages.Step():
-                live.step = event.step
-                live.step_seconds = event.seconds
-                self.metrics.stepped(event.seconds)
-            case messages.Tiles():
-                live.tiles = event.done, event.total
-            case messages.Latent():
-                live.image = event.image
-        self.changed.beat()
-
     async def watch(self, job_id: Any, interval: float = 0.5) -> AsyncIterator[dict[str, Any]]:
         """The job's view whenever it changes, to its end: a new status at once, its steps at most
         every `interval` seconds.
@@ -865,27 +575,3 @@ def require_own(job: Job, by: Caller, act: str) -> None:
             " or the holder of MOCHI_API_TOKEN, do it"
         )
     raise NotYours(f"job {job.id} is {job.owner}'s: only {job.owner} or an admin can {act} it")
-
-
-def reason_of(error: Exception) -> str:
-    """What went wrong with a file, without its path."""
-    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
-
-
-def cancelled(job: Job) -> Job:
-    """The move to CANCELLED."""
-    return job.moved(JobStatus.CANCELLED, completed_processing_at=time.time())
-
-
-def withdrawn(job: Job) -> Job:
-    """CANCELLED, unless the job has ended meanwhile."""
-    return job if job.status.terminal else cancelled(job)
-
-
-def interrupted(job: Job) -> Job:
-    """Back to the queue through no fault of the job: the attempt does not count."""
-    return job.moved(
-        JobStatus.PENDING,
-        attempts=max(0, job.attempts - 1),
-        slot=None,
-    )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mochi_app import runs
 from mochi_app import studio as module
 from mochi_app.jobs import Job, JobStatus, RequestError
 from mochi_app.media import MediaStore
@@ -98,7 +99,7 @@ async def test_a_disk_that_fills_up_costs_a_try_and_no_slot(
         return finalise(store, *arguments)
 
     monkeypatch.setattr(MediaStore, "finalise", full)
-    monkeypatch.setattr(module, "MAX_ATTEMPTS", 2)
+    monkeypatch.setattr(runs, "MAX_ATTEMPTS", 2)
     studio = await make_studio()
     job = await ended(studio, await studio.submit(prompt="p"))
     assert job.attempts == 2

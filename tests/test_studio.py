@@ -221,7 +221,7 @@ async def test_a_job_that_comes_further_each_time_is_no_poison(make_studio: Make
 async def test_a_job_that_comes_further_each_time_is_given_up_in_the_end(
     make_studio: MakeStudio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mochi_app.studio.MAX_ATTEMPTS", 3)
+    monkeypatch.setattr("mochi_app.runs.MAX_ATTEMPTS", 3)
     studio = await make_studio(checkpoint_steps=4)
     job = await ended(studio, await studio.submit(prompt="kill on 6", num_inference_steps=17))
     assert job.status is JobStatus.FAILED
@@ -357,13 +357,13 @@ async def test_a_cancel_of_a_job_whose_slot_just_died_is_kept(
     make_studio: MakeStudio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studio = await make_studio()
-    requeue = studio._interrupted
+    requeue = studio._runs._interrupted
 
     async def requeue_and_be_cancelled(job: Job, live: Live, reason: str) -> None:
         await requeue(job, live, reason)
         await studio.cancel(job.id)
 
-    monkeypatch.setattr(studio, "_interrupted", requeue_and_be_cancelled)
+    monkeypatch.setattr(studio._runs, "_interrupted", requeue_and_be_cancelled)
     job = await studio.submit(prompt="slow", num_inference_steps=400)
     await running(studio, job)
     os.kill(studio.pool.slots[0].slot.pids[0], signal.SIGKILL)
@@ -458,6 +458,58 @@ async def test_the_file_of_a_cancelled_job_is_removed_at_start(make_studio: Make
     again = await make_studio(turns=False)
     assert again.media.video_path(job.id) is None
     assert again.status(job.id)["status"] == "CANCELLED"
+
+
+@pytest.mark.parametrize("where", [JobStatus.PROCESSING, JobStatus.PENDING])
+async def test_a_cancel_outlives_its_server(make_studio: MakeStudio, where: JobStatus) -> None:
+    """PENDING: its slot had died and it was queued again, when the server was killed as well."""
+    studio = await make_studio(turns=False)
+    job = await studio.submit(prompt="p")
+    await studio.history.update(job.id, lambda job: job.moved(JobStatus.PROCESSING, attempts=1))
+    studio.live.claim(job.id)
+    cancelled = await studio.cancel(job.id)
+    assert (cancelled.status, cancelled.cancel_requested) == (JobStatus.PROCESSING, True)
+    checkpoint = studio.media.checkpoint(job.id)
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"latents")
+    if where is JobStatus.PENDING:
+        await studio.history.update(job.id, lambda job: job.moved(where))
+        studio.live.release(job.id)
+        assert studio.waiting == []
+    await close_studio(studio)
+    again = await make_studio()
+    ended = again.status(job.id)
+    assert (ended["status"], ended["attempts"]) == ("CANCELLED", 1)
+    assert ended["cancel_requested"] is False  # it is done
+    assert not checkpoint.exists()
+
+
+async def test_a_cancel_that_comes_too_late_leaves_the_video(make_studio: MakeStudio) -> None:
+    studio = await make_studio(turns=False)
+    job = await studio.submit(prompt="p")
+    await studio.history.update(job.id, lambda job: job.moved(JobStatus.PROCESSING, attempts=1))
+    studio.live.claim(job.id)
+    await studio.cancel(job.id)
+    (studio.media.videos / f"{job.id}.mp4").write_bytes(b"a whole video")
+    await close_studio(studio)
+    assert (await make_studio(turns=False)).status(job.id)["status"] == "COMPLETED"
+
+
+async def test_a_cancel_stops_the_run_though_the_store_refuses_it(
+    make_studio: MakeStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studio = await make_studio()
+    job = await studio.submit(prompt="slow", num_inference_steps=400)
+    await running(studio, job)
+    update = studio.history.update
+
+    async def first_refuses(job_id: str, change: Callable[[Job], Job]) -> Job:
+        monkeypatch.setattr(studio.history, "update", update)
+        raise HistoryError("the disk is full")
+
+    monkeypatch.setattr(studio.history, "update", first_refuses)
+    assert (await studio.cancel(job.id)).id == job.id
+    assert (await ended(studio, job)).status is JobStatus.CANCELLED
 
 
 async def test_trash_hides_restores_and_empties(make_studio: MakeStudio) -> None:
@@ -793,5 +845,5 @@ async def test_a_job_that_a_slot_died_of_has_the_time_of_a_machine_not_measured(
 ) -> None:
     studio = await make_studio(step_timeout=60)
     job = await ended(studio, await studio.submit(prompt="p"))
-    assert studio._patience(job).step == pytest.approx(20)
-    assert studio._patience(replace(job, deaths=["at step 3"])).step == 60
+    assert studio._runs._patience(job).step == pytest.approx(20)
+    assert studio._runs._patience(replace(job, deaths=["at step 3"])).step == 60

@@ -72,6 +72,21 @@ start makes each job once, in order."""
     all_made_once(serve("ok"), [running, *waiting])
 
 
+def test_a_kill_right_after_a_cancel(serve: Serve) -> None:
+    """SIGKILL the moment a cancel of a running job was answered, before its slot has stopped: the \
+next start does not run it again, the job is CANCELLED; what waited is made."""
+    served = serve("ok").ready()
+    running = served.call("submit_job", prompt="slowest", num_inference_steps=100)["id"]
+    served.running(running)
+    waiting = served.call("submit_job", prompt="waits", **QUICK)["id"]
+    assert served.call("cancel_job", job_id=running)["status"] == "PROCESSING"
+    served.kill()
+    again = serve("ok")
+    assert again.ended(waiting)["status"] == "COMPLETED"
+    job = again.job(running)
+    assert (job["status"], job["attempts"]) == ("CANCELLED", 1)
+
+
 def test_a_kill_between_a_video_and_its_record(serve: Serve) -> None:
     """SIGKILL when a video is in place and its record is not yet written: the next start adopts \
 the video; the job is not run again."""
