@@ -71,8 +71,9 @@ def list_backups(data_dir: Path, store: str | None = None) -> list[Backup]:
     found = []
     for path in (data_dir / FOLDER).glob("history-*.db"):
         if match := NAME.fullmatch(path.name):
-            made = datetime.strptime(match[1], TIME_FORMAT).replace(tzinfo=UTC)
-            found.append(Backup(path, made.timestamp(), match[2], int(match[3])))
+            with contextlib.suppress(ValueError):  # no such day: not ours
+                made = datetime.strptime(match[1], TIME_FORMAT).replace(tzinfo=UTC)
+                found.append(Backup(path, made.timestamp(), match[2], int(match[3])))
     wanted = [item for item in found if store is None or store.startswith(item.store)]
     return sorted(wanted, key=lambda backup: (backup.writes, backup.made_at), reverse=True)
 

@@ -13,7 +13,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import httpx
 from starlette.types import ASGIApp
@@ -67,8 +67,8 @@ class Tickets:
     def start(self) -> None:
         """Begin to reconcile and to watch."""
         self._loops = [
-            asyncio.create_task(self._reconcile(), name="tickets"),
-            asyncio.create_task(self._watch(), name="tickets watch"),
+            asyncio.create_task(self._keep(self._reconcile), name="tickets"),
+            asyncio.create_task(self._keep(self._watch), name="tickets watch"),
         ]
 
     async def stop(self) -> None:
@@ -78,6 +78,16 @@ class Tickets:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.aclose()
+
+    async def _keep(self, loop: Callable[[], Awaitable[None]]) -> None:
+        """Run one loop for ever: without it, nothing that waits would be made any more."""
+        while True:
+            try:
+                await loop()
+            except Exception as error:
+                self.last_error = f"{type(error).__name__}: {error}"
+                log.exception("a loop of the tickets ended; it is started again")
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _reconcile(self) -> None:
         while True:

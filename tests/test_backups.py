@@ -172,6 +172,8 @@ class TestBackups:
             keeper = Backups(data, hours=1e-9, kept=2)
             keeper.start()
             await asyncio.sleep(0.05)
+            (data / "backups").mkdir()
+            (data / "backups" / "history-20261399T000000Z-0123abcd-1.db").touch()  # no such day
             assert list_backups(data) == []
             for number in range(1, 5):
                 await history.add(make(number))

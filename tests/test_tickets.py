@@ -78,6 +78,30 @@ async def test_a_lost_ticket_is_replaced_after_a_pause(
     await posting.stop()
 
 
+@pytest.mark.parametrize("asked", ["needed", "starving"])
+async def test_a_question_that_fails_ends_nothing(
+    asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for pause in ("RETRY_SECONDS", "WATCH_SECONDS", "STALL_SECONDS"):
+        monkeypatch.setattr(tickets, pause, 0.02)
+    queue, failed = Queue(), set[str]()
+    stalls: list[str] = []
+
+    def answer(question: str, value: int) -> int:
+        if question == asked and asked not in failed:
+            failed.add(asked)
+            raise KeyError("a job that was removed")
+        return value
+
+    posting = Tickets(
+        queue.app, "secret", lambda: answer("needed", 1), Pulse(),
+        starving=lambda: bool(answer("starving", 1)), on_stall=stalls.append,
+    )  # fmt: skip
+    posting.start()
+    await eventually(lambda: queue.posts and stalls and failed)
+    await posting.stop()
+
+
 async def test_tickets_that_nobody_grants_are_posted_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tickets, "WATCH_SECONDS", 0.01)
     monkeypatch.setattr(tickets, "STALL_SECONDS", 0.1)
