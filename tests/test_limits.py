@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -13,7 +15,14 @@ from starlette.types import Receive, Scope, Send
 from mochi_app.tickets import SECRET_HEADER
 from mochi_app.web import limits
 from mochi_app.web.doors import address_of
-from mochi_app.web.limits import MOST_UNREAD, UNREAD_SECONDS, StreamLimits, event_id_in
+from mochi_app.web.limits import (
+    MOST_UNREAD,
+    UNREAD_SECONDS,
+    StreamLimits,
+    Unread,
+    UnreadPosts,
+    event_id_in,
+)
 from mochi_app.web.queue import MOST_SESSIONS
 
 DOORS = (
@@ -155,6 +164,41 @@ async def test_what_is_left_when_a_stream_ends_counts_again() -> None:
     door.now += UNREAD_SECONDS
     assert (await door.post()).status_code == 200
     assert queue.forgotten == ["tab"]
+
+
+async def test_a_session_named_like_an_event_confuses_nothing() -> None:
+    door = Door(queue := Queue(), most_unread=20)
+    for _ in range(5):
+        await door.post("/gradio_api/queue/join?session=tab")
+    await door.post("/gradio_api/queue/join?session=e1")
+    queue.unsettled = True
+    await door.read("/gradio_api/queue/data?session_hash=e1")
+    door.now += UNREAD_SECONDS
+    assert (await door.post()).status_code == 200
+    assert sorted(queue.forgotten) == ["e1", "tab"]
+    assert len(door.app._unread) == 1
+
+
+NAMES = st.sampled_from("abcd")
+
+
+@given(st.lists(st.tuples(NAMES, NAMES, st.sampled_from("xyz"), st.booleans())))
+def test_whatever_the_names_every_post_is_counted_once_and_can_be_dropped(
+    acts: list[tuple[str, str, str, bool]],
+) -> None:
+    posts, known = UnreadPosts(), dict[str, Unread]()
+    for key, session, client, added in acts:
+        if added:
+            known[key] = Unread(session, client, 0.0)
+            posts.add(key, known[key])
+        else:
+            known = {key: post for key, post in known.items() if post.session != session}
+            posts.take(session)
+        assert len(posts) == len(known) == sum(posts.of(client) for client in "xyz")
+    for _ in range(len(known)):
+        if post := posts.oldest(posts.greediest()):
+            posts.take(post.session)
+    assert len(posts) == 0
 
 
 async def test_an_unread_answer_is_dropped_after_a_while() -> None:

@@ -70,9 +70,9 @@ class UnreadPosts:
     """The unread posts, by client and by session, oldest first."""
 
     def __init__(self) -> None:
-        self._posts: dict[str, Unread] = {}  # by event id
+        self._posts: dict[str, Unread] = {}
         self._by_client: dict[str, dict[str, Unread]] = {}
-        self._by_session: dict[str, set[str]] = {}
+        self._by_session: dict[str, dict[str, Unread]] = {}
 
     def __len__(self) -> int:
         return len(self._posts)
@@ -90,23 +90,27 @@ class UnreadPosts:
         """The client with the most; of several, the one that was first."""
         return max(self._by_client, key=lambda client: len(self._by_client[client]), default=None)
 
-    def add(self, event_id: str, post: Unread) -> None:
-        """Count one more."""
-        self._posts[event_id] = post
-        self._by_client.setdefault(post.client, {})[event_id] = post
-        self._by_session.setdefault(post.session, set()).add(event_id)
+    def add(self, key: str, post: Unread) -> None:
+        """Count one more, in place of what had this key; an event's id is its post's key."""
+        self._remove(key)
+        self._posts[key] = post
+        self._by_client.setdefault(post.client, {})[key] = post
+        self._by_session.setdefault(post.session, {})[key] = post
 
-    def take(self, session: str) -> list[Unread]:
-        """Count the session's posts no more; returns them."""
-        taken = []
-        for event_id in self._by_session.pop(session, ()):
-            post = self._posts.pop(event_id)
-            taken.append(post)
-            posts = self._by_client[post.client]
-            del posts[event_id]
-            if not posts:
-                del self._by_client[post.client]
-        return taken
+    def take(self, session: str) -> None:
+        """Count the session's posts no more."""
+        for key in list(self._by_session.get(session, ())):
+            self._remove(key)
+
+    def _remove(self, key: str) -> None:
+        """Sessions are named by clients, so a key may be anywhere: it leaves wherever it is."""
+        post = self._posts.pop(key, None)
+        if post is None:
+            return
+        for posts, name in ((self._by_client, post.client), (self._by_session, post.session)):
+            del posts[name][key]
+            if not posts[name]:
+                del posts[name]
 
 
 class StreamLimits:
@@ -241,9 +245,8 @@ class StreamLimits:
             self._open -= Counter([session])
             if not self._open[session] and not self._queue.settle(session):
                 # It was posted to while its stream ended: that wants a reader of its own.
-                self._unread.add(
-                    session, Unread(session, address_of(HTTPConnection(scope)), self._clock())
-                )
+                client = address_of(HTTPConnection(scope))
+                self._unread.add(f"rest of {session}", Unread(session, client, self._clock()))
 
 
 def event_id_in(body: bytes) -> str | None:
