@@ -104,8 +104,7 @@ class LiveJobs:
             "stage": live.stage if live else "",
             "tile": live.tiles[0] if live else 0,
             "tiles": live.tiles[1] if live else 0,
-            "cancel_requested": not job.status.terminal
-            and (job.cancel_requested or bool(live and live.cancel_requested)),
+            "cancel_requested": self.cancelling(job),
             "position": place.position if place else None,
             "eta_seconds": self._eta(job, live, place),
             "waits_for": self._lacks(job) if job.status is JobStatus.PENDING else None,
@@ -113,6 +112,12 @@ class LiveJobs:
             "video_url": f"/files/{job.id}" if video else None,
             "poster_url": f"/files/{job.id}/poster" if there and job.poster else None,
         }
+
+    def cancelling(self, job: Job) -> bool:
+        """Whether the job is about to be cancelled."""
+        live = self.jobs.get(job.id) if job.id in self.claimed else None
+        wanted = job.cancel_requested or (live is not None and live.cancel_requested)
+        return wanted and not job.status.terminal
 
     def image(self, job_id: str) -> str | None:
         """The newest live picture of a running job, a data URL."""

@@ -257,9 +257,9 @@ class MediaStore:
             return sorted(self._withheld_sizes)
 
     def size(self, job_id: str) -> int:
-        """Bytes of the job's video; 0 if there is none."""
+        """Bytes of the job's video, withheld or not; 0 if there is none."""
         with self._lock:
-            return self._sizes.get(job_id, 0)
+            return self._sizes.get(job_id, 0) + self._withheld_sizes.get(job_id, 0)
 
     def total_bytes(self) -> int:
         """Bytes of all videos, also the withheld ones; posters not counted."""

@@ -72,7 +72,10 @@ class Mender:
         for job_id in await asyncio.to_thread(self._media.poster_ids):
             found = self._history.get(job_id)
             if found is not None and found.status is not JobStatus.COMPLETED:
-                await asyncio.to_thread(self._media.remove, job_id)
+                try:
+                    await asyncio.to_thread(self._media.remove, job_id)
+                except OSError as error:
+                    log.error("job %s: its poster stays: %s", job_id, error)
         strays = await asyncio.to_thread(self._media.strays)
         if strays:
             log.warning("%d files in videos are not the app's; left: %s", len(strays), strays[:5])

@@ -369,7 +369,9 @@ def follow_videos(media: MediaStore, index: JobIndex) -> tuple[Rows, Followed]:
         except (MediaError, RequestError) as error:
             followed.strange.append(f"{path.name} ({error})")
             continue
-        if job_id in withheld and job.deleted_at is None:
+        if job_id in present:
+            job = replace(job, deleted_at=None)
+        elif job.deleted_at is None:
             job = replace(job, deleted_at=time.time())
         if job != index.get(job_id):
             poster = media.poster_path(job_id)

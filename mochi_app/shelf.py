@@ -6,6 +6,7 @@ A record and its files change together, under one lock; files go before the reco
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -102,11 +103,14 @@ class Shelf:
         """Whether so many bytes more are within the quota."""
         return self._media.total_bytes() + size <= self.quota_bytes
 
-    @property
-    def can_make_room(self) -> bool:
-        """Whether something is there that the quota can do without."""
-        there = (self._media.has_video(job.id) for job in self._history.evictable())
-        return bool(self._history.trashed()) or any(there)
+    def can_make_room(self, size: int) -> bool:
+        """Whether so many bytes more are within the quota once all that can go is gone."""
+        over = self._media.total_bytes() + size - self.quota_bytes
+        for job in itertools.chain(self._history.trashed(), self._history.evictable()):
+            if over <= 0:
+                break
+            over -= self._media.size(job.id)
+        return over <= 0
 
     async def enforce_quota(self) -> None:
         """Keep the videos within the quota, as far as that is possible."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from mochi_app import scheduling
 from mochi_app.accounts import ANONYMOUS, HOUSE, Caller
@@ -51,6 +52,9 @@ from mochi_app.shelf import Shelf
 
 log = logging.getLogger(__name__)
 
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+
 MAX_PAGE_SIZE = 100
 MAX_QUERY_CHARS = 200
 JANITOR_SECONDS = 60.0
@@ -62,6 +66,19 @@ INHERITED = (
     "batch_id", "prompt", "negative_prompt", "seed", "guidance_scale", "height", "width",
     "num_frames", "fps", "schedule", "lora", "lora_scale", "options",
 )  # fmt: skip
+
+
+def to_the_end(
+    method: Callable[Params, Coroutine[Any, Any, Result]],
+) -> Callable[Params, Coroutine[Any, Any, Result]]:
+    """What was begun is done whole, its caller there or not: Gradio cancels a call, wherever it
+    stands, when its caller asks for that."""
+
+    @functools.wraps(method)
+    async def whole(*arguments: Params.args, **options: Params.kwargs) -> Result:
+        return await asyncio.shield(method(*arguments, **options))
+
+    return whole
 
 
 class Studio:
@@ -157,6 +174,7 @@ class Studio:
 
     # What people ask for
 
+    @to_the_end
     async def submit(self, *, owner: str = "", **parameters: Any) -> Job:
         """Accept a request as a PENDING job, durable before this returns.
 
@@ -185,10 +203,11 @@ class Studio:
         known = isinstance(request_id, str) and self.history.find_request(owner, request_id.strip())
         return [known.lora] if known and known.lora else []
 
+    @to_the_end
     async def enhance(self, job_id: Any, *, owner: str = "") -> Job:
         """A new job with the same prompt, seed and size as a finished preview, and more steps.
 
-        Asked twice for one preview, it answers with the enhance that exists.
+        Asked twice for one preview, it answers with the enhance that exists, or will exist.
 
         Raises:
             RequestError: unknown job, not a finished preview, or no room.
@@ -209,8 +228,7 @@ class Studio:
         steps = self.settings.enhance_steps
         walkable(parent.schedule, steps)
         for child in self.history.children(parent.id):
-            gone = child.status in (JobStatus.FAILED, JobStatus.CANCELLED)
-            if not gone and child.num_inference_steps == steps:
+            if self._has_use(child) and child.num_inference_steps == steps:
                 return child
         asked = {name: getattr(parent, name) for name in INHERITED}
         job = Job(
@@ -223,6 +241,12 @@ class Studio:
             submitted_at=time.time(),
         )
         return await self._accept(job, frozenset())
+
+    def _has_use(self, job: Job) -> bool:
+        """Whether the job has a video, or is going to."""
+        if job.status.terminal:
+            return job.status is JobStatus.COMPLETED and self.media.has_video(job.id)
+        return not self.live.cancelling(job)
 
     async def _accept(self, job: Job, drawn: frozenset[str]) -> Job:
         known = job.request_id and self.history.find_request(job.owner, job.request_id)
@@ -254,8 +278,7 @@ class Studio:
             if not await self.shelf.purge_next():
                 raise RequestError(f"{lack}: delete videos or free the disk")
         promised = sum(video_bytes(one) for one in self._accepted())
-        full = not self.shelf.fits(promised)
-        if full and not self.shelf.can_make_room:
+        if not self.shelf.can_make_room(promised):
             raise RequestError(
                 f"the quota of {self.settings.quota_gib:g} GiB is full of starred videos and of"
                 " jobs that wait: unstar or delete some"
@@ -350,6 +373,7 @@ class Studio:
             "page_size": found.page_size,
         }
 
+    @to_the_end
     async def cancel(self, job_id: Any, *, by: Caller = HOUSE) -> Job:
         """Stop a job, waiting or running; one that has ended is returned as it is.
 
@@ -380,6 +404,7 @@ class Studio:
         await self._runs.drop_checkpoint(job.id)
         return job
 
+    @to_the_end
     async def star(self, job_id: Any, starred: Any = True) -> Job:
         """Keep a video from being evicted, or not any more. Raises as `find`."""
         if not isinstance(starred, bool):
@@ -389,6 +414,7 @@ class Studio:
         self.changed.beat()
         return job
 
+    @to_the_end
     async def delete(self, job_id: Any, *, by: Caller = HOUSE) -> Job:
         """Put an ended job into the trash: nobody sees it or its files from now on.
 
@@ -400,6 +426,7 @@ class Studio:
         require_own(job, by, "delete")
         return await self.shelf.delete(job)
 
+    @to_the_end
     async def restore(self, job_id: Any, *, by: Caller = HOUSE) -> Job:
         """Undo a delete.
 
@@ -412,6 +439,7 @@ class Studio:
             require_own(job, by, "restore")
         return await self.shelf.restore(job_id)
 
+    @to_the_end
     async def empty_trash(self, *, by: Caller = HOUSE) -> int:
         """Remove the deleted jobs for good; returns how many.
 
@@ -554,7 +582,7 @@ class Studio:
         if self.history.problem is not None:
             reasons.append(without_folders(self.history.problem))
         warnings = [self.backups.problem] if self.backups.problem is not None else []
-        if not self.shelf.fits(0) and not self.shelf.can_make_room:
+        if not self.shelf.can_make_room(0):
             reasons.append("the quota is full of starred videos")
         reasons += filter(None, [self._short_of_room, *(check() for check in self.checks)])
         slots = [slot.describe() for slot in self.pool.slots]

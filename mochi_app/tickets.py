@@ -117,6 +117,7 @@ class Tickets:
         self._on_stall(reason)
         for task in self._live:
             task.cancel()
+        self._changed.beat()  # also where not one was left
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._live.discard(task)

@@ -306,10 +306,11 @@ class TestRestore:
             completed(4),
             completed(5, deleted_at=1.0),
             completed(6),
+            completed(9, deleted_at=1.0),  # and taken out of the trash since
         )
         make_backup(data)
         shutil.rmtree(data / "history")
-        for number in (1, 2, 6, 7):
+        for number in (1, 2, 6, 7, 9):
             video(data, number)
         for number in (5, 8):
             video(data, number, "withheld")
@@ -319,7 +320,7 @@ class TestRestore:
         assert (followed.adopted, followed.ended, followed.gone) == (2, 2, 1)
         jobs = await kept(data)
         assert {number: job.status.value for number, job in jobs.items()} == {
-            3: "PENDING", **dict.fromkeys((1, 2, 4, 5, 6, 7, 8), "COMPLETED"),
+            3: "PENDING", **dict.fromkeys((1, 2, 4, 5, 6, 7, 8, 9), "COMPLETED"),
         }  # fmt: skip
         assert [jobs[1].starred, jobs[1].request_id, jobs[1].attempts] == [True, "r", 1]
         assert jobs[2].attempts == 1

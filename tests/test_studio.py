@@ -16,6 +16,7 @@ import pytest
 from mochi_app.history import HistoryError
 from mochi_app.jobs import Conflict, Job, JobStatus, NotFound, RequestError
 from mochi_app.live import Live
+from mochi_app.room import video_bytes
 from mochi_app.studio import Studio
 from tests.conftest import DEADLINE, close_studio, eventually
 
@@ -93,6 +94,23 @@ async def test_enhance_twice_is_one_job_until_it_failed(make_studio: MakeStudio)
     await studio.cancel(first.id)
     if (await ended(studio, first)).status is JobStatus.CANCELLED:
         assert (await studio.enhance(preview.id)).id != first.id
+
+
+async def test_an_enhance_without_a_video_to_come_is_not_the_answer(
+    make_studio: MakeStudio,
+) -> None:
+    studio = await make_studio(enhance_steps=400)
+    preview = await ended(studio, await studio.submit(prompt="slow"))
+    first = await studio.enhance(preview.id, owner="ann")
+    await running(studio, first)
+    await studio.cancel(first.id)
+    second = await studio.enhance(preview.id, owner="bob")
+    assert second.id != first.id
+    await running(studio, second)
+    await studio.history.update(
+        second.id, lambda job: job.moved(JobStatus.COMPLETED, evicted_at=1.0)
+    )
+    assert (await studio.enhance(preview.id)).id not in (first.id, second.id)
 
 
 async def test_two_enhances_at_the_same_moment_are_one_job(make_studio: MakeStudio) -> None:
@@ -625,14 +643,14 @@ async def test_a_quota_that_cannot_be_kept_hurts_neither_job_nor_slot(
     make_studio: MakeStudio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studio = await make_studio()
-    await ended(studio, await studio.submit(prompt="p"))
+    job = await ended(studio, await studio.submit(prompt="p"))
     pids = studio.pool.slots[0].slot.pids
 
     def refuse(job_id: str) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(studio.media, "remove_video", refuse)
-    studio.shelf.quota_bytes = 1
+    studio.shelf.quota_bytes = video_bytes(job)
     after = await ended(studio, await studio.submit(prompt="p", seed=1))
     assert after.status is JobStatus.COMPLETED
     assert studio.pool.slots[0].slot.pids == pids
@@ -642,11 +660,49 @@ async def test_a_quota_full_of_stars_refuses_new_jobs(make_studio: MakeStudio) -
     studio = await make_studio()
     job = await ended(studio, await studio.submit(prompt="p"))
     await studio.star(job.id)
-    studio.shelf.quota_bytes = 1
+    studio.shelf.quota_bytes = video_bytes(job)
     with pytest.raises(RequestError, match="starred"):
         await studio.submit(prompt="p")
     await studio.star(job.id, False)
     assert (await studio.submit(prompt="p")).status in ACTIVE
+
+
+async def test_a_small_unstarred_video_is_not_room_for_a_large_one(
+    make_studio: MakeStudio,
+) -> None:
+    studio = await make_studio()
+    starred, small = [await ended(studio, await studio.submit(prompt="p")) for _ in range(2)]
+    await studio.star(starred.id)
+    studio.media.videos.joinpath(f"{small.id}.mp4").write_bytes(b"x")
+    assert studio.media.video_path(small.id) is not None
+    studio.shelf.quota_bytes = studio.media.total_bytes()
+    with pytest.raises(RequestError, match="starred"):
+        await studio.submit(prompt="p")
+    assert studio.status(small.id)["evicted_at"] is None
+
+
+@pytest.mark.parametrize("patience", range(8))
+async def test_a_caller_who_goes_away_leaves_nothing_half_done(
+    make_studio: MakeStudio, patience: int
+) -> None:
+    studio = await make_studio()
+    await eventually(lambda: studio.pool.ready_slot() is not None)
+    preview = await ended(studio, await studio.submit(prompt="p"))
+    for work in (studio.submit(prompt="p"), studio.enhance(preview.id)):
+        caller = asyncio.create_task(work)
+        for _ in range(patience):
+            await asyncio.sleep(0)
+        caller.cancel()
+        await asyncio.gather(caller, return_exceptions=True)
+    if patience:  # it had begun
+        await eventually(lambda: studio.history.count(JobStatus.COMPLETED) == 3)
+        waiting = await studio.submit(prompt="slow", num_inference_steps=400)
+        caller = asyncio.create_task(studio.cancel(waiting.id))
+        for _ in range(patience):
+            await asyncio.sleep(0)
+        caller.cancel()
+        assert (await ended(studio, waiting)).status is JobStatus.CANCELLED
+    assert studio.pool.slots[0].restarts == 0
 
 
 async def test_a_request_sent_again_is_answered_though_its_lora_is_gone(

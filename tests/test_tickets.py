@@ -124,6 +124,22 @@ async def test_tickets_that_nobody_grants_are_posted_anew(monkeypatch: pytest.Mo
     await posting.stop()
 
 
+async def test_a_ticket_is_posted_anew_where_not_one_was_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tickets, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(tickets, "STALL_SECONDS", 0.1)
+    queue, needed = Queue(), [0]
+    posting = Tickets(
+        queue.app, "secret", lambda: needed[0], Pulse(), starving=lambda: needed[0] > queue.posts
+    )
+    posting.start()
+    await asyncio.sleep(0)
+    needed[0] = 1  # and nobody says so
+    await eventually(lambda: queue.posts == 1)
+    await posting.stop()
+
+
 async def test_a_short_wait_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tickets, "WATCH_SECONDS", 0.001)
     monkeypatch.setattr(tickets, "STALL_SECONDS", 1000)
