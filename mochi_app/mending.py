@@ -88,9 +88,13 @@ class Mender:
     async def mend(self) -> None:
         """Put right the jobs that are running, or to be cancelled, on paper only: their server
         died, or the record of their end could not be written."""
-        for job in self._history.with_status(JobStatus.PENDING, JobStatus.PROCESSING):
+        open_jobs = self._history.with_status(JobStatus.PENDING, JobStatus.PROCESSING)
+        for job_id in [job.id for job in open_jobs]:
+            job = self._history.get(job_id)  # as it is by now: the others took their time
+            if job is None or job.status.terminal or job.id in self._claimed:
+                continue
             processing = job.status is JobStatus.PROCESSING
-            if job.id in self._claimed or not (processing or job.cancel_requested):
+            if not (processing or job.cancel_requested):
                 continue
             if processing and self._media.video_path(job.id) is not None:
                 log.info("job %s: adopted its finished video", job.id)

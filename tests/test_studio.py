@@ -502,6 +502,27 @@ async def test_a_cancel_outlives_its_server(make_studio: MakeStudio, where: JobS
     assert not checkpoint.exists()
 
 
+async def test_what_ends_while_others_are_mended_is_left_alone(
+    make_studio: MakeStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studio = await make_studio(turns=False)
+    jobs = [await studio.submit(prompt="p") for _ in range(2)]
+    for job in jobs:
+        await studio.history.update(job.id, lambda job: job.moved(JobStatus.PROCESSING))
+    studio.live.claim(jobs[1].id)
+    update = studio.history.update
+
+    async def meanwhile(job_id: str, change: Callable[[Job], Job]) -> Job:
+        monkeypatch.setattr(studio.history, "update", update)
+        await update(jobs[1].id, lambda job: job.moved(JobStatus.COMPLETED))
+        studio.live.release(jobs[1].id)
+        return await update(job_id, change)
+
+    monkeypatch.setattr(studio.history, "update", meanwhile)
+    await studio._mender.mend()
+    assert [studio.find(job.id).status.value for job in jobs] == ["PENDING", "COMPLETED"]
+
+
 async def test_a_cancel_that_comes_too_late_leaves_the_video(make_studio: MakeStudio) -> None:
     studio = await make_studio(turns=False)
     job = await studio.submit(prompt="p")
