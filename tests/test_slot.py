@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mochi_app.engine import messages
+from mochi_app.engine import messages, rank_process
+from mochi_app.engine import slot as slot_module
 from mochi_app.engine.messages import JobEvent, Run
 from mochi_app.engine.slot import JobCancelled, JobFailed, Slot, SlotDied, SlotState
 from mochi_app.settings import Patience
@@ -314,6 +317,99 @@ async def test_a_failed_job_that_leaves_no_rank_waiting_costs_a_group_nothing(
     assert slot.state is SlotState.READY
     assert slot.pids == pids
     assert (await slot.run(request(job_id="next"), ignore)).job_id == "next"
+
+
+async def test_the_death_of_a_rank_counts_though_its_status_is_late(
+    make_slot: MakeSlot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its channel ends at once, and its peer complains of it, before the kernel has the status."""
+    slot = make_slot(slots="cpu*2")
+    await slot.start()
+    peer, pid = slot.pids
+    wait = rank_process.RankProcess.wait
+
+    async def late(rank: rank_process.RankProcess, timeout: float | None = None) -> int | None:
+        if timeout == rank_process.EXIT_GRACE and rank.rank == 1:
+            await eventually(lambda: not alive(peer) or (slot._outcome and slot._outcome.done()))
+        return await wait(rank, timeout)
+
+    monkeypatch.setattr(rank_process.RankProcess, "wait", late)
+    with pytest.raises(SlotDied, match=rf"rank 1 \(pid {pid}\) was killed by SIGKILL"):
+        await slot.run(request(f"bereaved {tmp_path / 'lock'}"), ignore)
+    assert slot.dying
+    assert "rank 1" in await slot.died()
+    assert not slot.blameless
+
+
+async def test_the_death_of_a_rank_counts_though_its_peers_word_is_read_first(
+    make_slot: MakeSlot, tmp_path: Path
+) -> None:
+    """Both wait to be read where this process was held up."""
+    slot = make_slot(slots="cpu*2")
+    await slot.start()
+    pid = slot.pids[1]
+
+    def hear(event: JobEvent) -> None:
+        if isinstance(event, messages.Step):
+            hold_up_until_failed(slot)
+
+    with pytest.raises(SlotDied, match=rf"rank 1 \(pid {pid}\) was killed by SIGKILL"):
+        await slot.run(request(f"bereaved {tmp_path / 'lock'}"), hear)
+    await slot.died()
+    assert not slot.blameless
+
+
+def hold_up_until_failed(slot: Slot) -> None:
+    """Block the loop until the first rank's channel has its failure, not read yet."""
+    assert slot._ranks[0]._writer is not None
+    channel = slot._ranks[0]._writer.get_extra_info("socket")
+    limit = time.monotonic() + 20
+    with socket.socket(fileno=os.dup(channel.fileno())) as copy:
+        while b"Failed" not in peek(copy):
+            assert time.monotonic() < limit, "the first rank did not fail"
+            time.sleep(0.01)
+
+
+def peek(channel: socket.socket) -> bytes:
+    try:
+        return channel.recv(1 << 20, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return b""
+
+
+async def test_a_rank_lost_just_after_a_failure_explains_it(
+    make_slot: MakeSlot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slot_module, "FOLLOW_GRACE", 20.0)
+    slot = make_slot(slots="cpu*2")
+    await slot.start()
+    pid = slot.pids[1]
+    run = asyncio.create_task(slot.run(request("fail"), ignore))
+    await eventually(lambda: slot._outcome is not None and slot._outcome.done())
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(SlotDied, match=rf"rank 1 \(pid {pid}\) was killed by SIGKILL"):
+        await run
+    await slot.died()
+    assert not slot.blameless
+
+
+async def test_the_first_rank_that_is_lost_gives_the_reason(
+    make_slot: MakeSlot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its peers are killed for it at once, and leave their status sooner."""
+    slot = make_slot(slots="cpu*3")
+    await slot.start()
+    first, lost, last = slot.pids
+    wait = rank_process.RankProcess.wait
+
+    async def late(rank: rank_process.RankProcess, timeout: float | None = None) -> int | None:
+        if timeout == rank_process.EXIT_GRACE and rank.rank == 1:
+            await eventually(lambda: not alive(first) and not alive(last), "the peers' end", 10)
+        return await wait(rank, timeout)
+
+    monkeypatch.setattr(rank_process.RankProcess, "wait", late)
+    os.kill(lost, signal.SIGKILL)
+    assert f"rank 1 (pid {lost}) was killed by SIGKILL" in await slot.died()
 
 
 async def test_a_slot_whose_processes_go_is_known_at_once(make_slot: MakeSlot) -> None:

@@ -70,9 +70,9 @@ class Deadline:
     reason: str
 
 
-async def first_of(*futures: asyncio.Future[Any]) -> None:
-    """Wait until one of the futures is done; none is cancelled."""
-    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+async def first_of(*futures: asyncio.Future[Any], timeout: float | None = None) -> None:
+    """Wait until one of the futures is done, at most `timeout` seconds; none is cancelled."""
+    await asyncio.wait(futures, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
 
 
 class Slot:
@@ -115,12 +115,13 @@ class Slot:
         self._burial = asyncio.Lock()
         self._all_ready: asyncio.Future[None] | None = None
         self._death: asyncio.Future[str] | None = None
+        self._losing = False  # a rank's channel has ended, and `_death` is about to say how
         self._outcome: asyncio.Future[messages.JobEvent] | None = None
         self._job_id: str | None = None
         self._on_event: Callable[[messages.JobEvent], None] | None = None
         self._cancelling = False
         self._following = 0  # ranks other than the first that still have their part to do
-        self._all_followed = asyncio.Event()
+        self._all_followed: asyncio.Future[None] | None = None
 
     @property
     def pids(self) -> list[int]:
@@ -135,7 +136,7 @@ class Slot:
     @property
     def dying(self) -> bool:
         """Whether its processes are gone or about to be, though `state` may not say so yet."""
-        return self._death is not None and self._death.done()
+        return self._losing or (self._death is not None and self._death.done())
 
     @property
     def job_id(self) -> str | None:
@@ -159,7 +160,7 @@ class Slot:
         assert self.state is SlotState.DOWN, f"slot {self.index} is {self.state}"
         loop = asyncio.get_running_loop()
         self.epoch += 1
-        self.blameless = False
+        self.blameless = self._losing = False
         self._rendezvous.unlink(missing_ok=True)
         self._all_ready, self._death = loop.create_future(), loop.create_future()
         self._ranks = [RankProcess(i, device) for i, device in enumerate(self.spec.devices)]
@@ -316,6 +317,17 @@ class Slot:
         except messages.ProtocolError as error:
             self._die(f"rank {rank.rank} (pid {rank.pid}) broke the protocol: {error}")
             return
+        await self._lose(rank)
+
+    async def _lose(self, rank: RankProcess) -> None:
+        """The channel of a rank has ended: its peers go at once, for they may be blocked in a
+        collective or about to complain of it; the reason is settled when its status is there."""
+        if self.dying:  # of something else, or of a peer's end
+            return
+        self._losing = True
+        for peer in self._ranks:
+            if peer is not rank:
+                peer.kill()
         await rank.last_words()
         self._die(rank.ending())
 
@@ -332,8 +344,8 @@ class Slot:
                 self._take_ready(rank, message)
             case messages.Followed() if message.job_id == self._job_id:
                 self._following -= 1
-                if not self._following:
-                    self._all_followed.set()
+                if not self._following and self._all_followed is not None:
+                    self._all_followed.set_result(None)
             case messages.Failed() if message.job_id == self._job_id:
                 self._take_job_event(message)
             case messages.JobEvent() if message.job_id == self._job_id and rank.rank == 0:
@@ -378,10 +390,10 @@ class Slot:
         """
         if self.state is not SlotState.READY or self._death is None:
             raise SlotDied(self.detail or f"slot {self.index} is {self.state}")
-        self._outcome = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._outcome, self._all_followed = loop.create_future(), loop.create_future()
         self._job_id, self._on_event, self._cancelling = request.job_id, on_event, False
         self._following = self.spec.world_size - 1
-        self._all_followed.clear()
         self._set(SlotState.BUSY)
         self._patience = patience or self._settings.patience
         self._progressed(f"job {request.job_id}")
@@ -391,10 +403,10 @@ class Slot:
             await first_of(self._outcome, self._death)
             return await self._conclude()
         finally:
-            self._job_id = self._on_event = self._outcome = None
+            self._job_id = self._on_event = self._outcome = self._all_followed = None
             self._deadlines.pop("step", None)
             self._deadlines.pop("cancel", None)
-            if not self._death.done():
+            if not self.dying:
                 self._set(SlotState.READY)
 
     async def _conclude(self) -> messages.Done:
@@ -407,26 +419,33 @@ class Slot:
                 return outcome
             case messages.Cancelled():
                 raise JobCancelled
-            case messages.Failed():
-                if not outcome.poisoned:
-                    if not outcome.settled:
-                        await self._renew_group()
-                    raise JobFailed(outcome.error, disk_full=outcome.disk_full)
+            case messages.Failed() if outcome.poisoned:
                 self._die(f"the process cannot be used any more: {outcome.error}")
+            case messages.Failed():
+                if outcome.settled or await self._all_live():
+                    raise JobFailed(outcome.error, disk_full=outcome.disk_full)
         if self._cancelling:
             raise JobCancelled
+        await first_of(self._death)
         raise SlotDied(self._death.result())
 
-    async def _renew_group(self) -> None:
-        """After a failed job, ranks that do not come to its end wait for a lost one."""
-        if not self._following:
-            return
-        try:
-            async with asyncio.timeout(FOLLOW_GRACE):
-                await self._all_followed.wait()
-        except TimeoutError:
+    async def _all_live(self) -> bool:
+        """Whether no rank was lost, of which a failure that the ranks did not agree on may tell:
+        it may be read before the end of the lost one's channel.
+
+        Ranks that live, but do not come to the end of the job, wait for the one that failed.
+        """
+        if self.spec.world_size == 1:
+            return True
+        assert self._all_followed is not None
+        assert self._death is not None
+        await first_of(self._all_followed, self._death, timeout=FOLLOW_GRACE)
+        if self.dying:
+            return False
+        if self._following:
             self.blameless = True
             self._die("a job failed, and its ranks start anew")
+        return True
 
     def cancel(self, job_id: str) -> None:
         """Ask for the job to stop at its next boundary; the slot is killed if that takes long."""

@@ -12,10 +12,13 @@ The behaviour says how it loads; the prompt says how a job goes:
     "… black"      nothing but black, where others are noise and large files
     "refuse"       raises on all ranks alike       "memory"  raises what torch does
     "late"         says that it is done, in the epoch before
+    "bereaved F"   rank 1 is killed at step 2, and rank 0 fails as soon as it is, as gloo does; F is
+                   a file that it makes
     "garbage once F", "half once F"  what is no message, half a message and an exit; F as above
     anything else  0.002 s a step
 """
 
+import fcntl
 import hashlib
 import os
 import signal
@@ -66,6 +69,7 @@ class FakeEngine:
                 return None
             if step == 2:
                 misbehave(request.prompt)
+                bereave(request.prompt, self.rank)
                 babble(request, self.epoch)
             kill_at(request.prompt, step, step - first)
             time.sleep(pause)
@@ -147,6 +151,21 @@ def misbehave(prompt: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case ["stop", *_]:
             os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def bereave(prompt: str, rank: int) -> None:
+    """A lock that the kernel frees as rank 1 ends stands for the connection that rank 0 loses."""
+    match prompt.split(maxsplit=1):
+        case ["bereaved", path] if rank == 1:
+            held = os.open(f"{path}.new", os.O_CREAT | os.O_RDWR)
+            fcntl.flock(held, fcntl.LOCK_EX)
+            os.rename(f"{path}.new", path)
+            os.kill(os.getpid(), signal.SIGKILL)
+        case ["bereaved", path]:
+            while not Path(path).exists():
+                time.sleep(0.002)
+            fcntl.flock(os.open(path, os.O_RDWR), fcntl.LOCK_EX)
+            raise RuntimeError("Read error: Connection reset by peer")
 
 
 def babble(request: Run, epoch: int) -> None:
