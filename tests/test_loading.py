@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from mochi_app.engine import costs
+from mochi_app.engine import costs, fit
 from mochi_app.engine.loading import LoadError, Precision, Room
 from mochi_app.engine.messages import Configure
 
@@ -44,6 +45,32 @@ def test_a_video_larger_than_usual_is_measured_against_the_gpu(published: str) -
     assert room.problem(480, 848, 163) == ""
     assert "does not fit" in room.problem(720, 1280, 325)
     assert Room(config, room.precision, 640_000_000_000).problem(720, 1280, 325) == ""
+
+
+@pytest.mark.parametrize("size", [(256, 256, 163), (480, 432, 37), (1600, 48, 31)])
+def test_what_has_no_more_pixels_than_usual_is_measured_all_the_same(
+    published: str, size: tuple[int, int, int]
+) -> None:
+    """Decoding needs memory by frames and the area of a tile, not by the area of a frame."""
+    usual = (480, 848, 31)
+    config = replace(FOUR_GPUS, model=published, height=480, width=848, num_frames=31)
+    assert math.prod(size) <= math.prod(usual)
+    room = Room(config, Precision.choose(config, CUDA), 44_750_000_000)
+    room.check_start()
+    assert ("does not fit" in room.problem(*size)) == (size[2] > 31)
+
+
+def test_what_is_no_larger_in_any_way_than_the_usual_video_costs_no_plan(
+    published: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(FOUR_GPUS, model=published)
+    room = Room(config, Precision.choose(config, CUDA), 64_000_000_000)
+    asked: list[fit.Setting] = []
+    monkeypatch.setattr(fit, "check_fit", lambda setting, model: asked.append(setting))
+    assert room.problem(480, 848, 163) == room.problem(64, 64, 7) == ""
+    assert not asked
+    room.problem(496, 64, 7)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("unknown", [{"height": 0}, {"offload": "model"}, {"quantization": "int8"}])

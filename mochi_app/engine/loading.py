@@ -101,10 +101,12 @@ class Room:
             raise LoadError(f"{problem}; {advice}")
 
     def problem(self, height: int, width: int, num_frames: int) -> str:
-        """Why a video larger than the default one cannot be made here; empty when it can."""
-        config = self.config
-        usual = config.height * config.width * config.num_frames
-        if height * width * num_frames <= usual:
+        """Why a video cannot be made here; empty when it can. One that is no larger than the
+        default one in any dimension can: the slot has started. More frames of fewer pixels may not,
+        because decoding needs memory by frames and the area of a tile."""
+        usual = (self.config.height, self.config.width, self.config.num_frames)
+        size = (height, width, num_frames)
+        if all(asked <= default for asked, default in zip(size, usual, strict=True)):
             return ""
         return self._problem(height, width, num_frames)
 
