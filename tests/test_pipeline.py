@@ -182,6 +182,29 @@ def test_a_cancel_between_two_tiles_is_heard(engine: Engine, plain: Result) -> N
     assert frames_of(engine).frames_hash == plain.frames_hash
 
 
+def test_tiles_are_told_and_a_cancel_is_asked_when_the_device_has_decoded_them(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's work is only queued when `vae.decode` returns."""
+    large = replace(REQUEST, num_inference_steps=2, height=64, width=272, guidance_scale=1.0)
+    log: list[str] = []
+    monkeypatch.setattr(engine, "_synchronize", lambda: log.append("device done"))
+
+    def hear(message: Message) -> None:
+        if isinstance(message, Stage | Tiles):
+            log.append(message.stage if isinstance(message, Stage) else f"tile {message.done}")
+
+    def cancelled() -> bool:
+        log.append("cancelled?")
+        return False
+
+    engine.run(large, hear, cancelled)
+    assert log[log.index("decode") :] == [
+        "decode", "tile 0", "device done", "tile 1", "cancelled?", "device done", "tile 2",
+        "device done",
+    ]  # fmt: skip
+
+
 def test_the_hash_of_the_first_latents_depends_on_seed_and_size_only(
     engine: Engine, plain: Result
 ) -> None:

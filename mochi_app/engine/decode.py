@@ -133,6 +133,7 @@ def decode(
     decoded by all ranks: equally often and with equal numbers on every rank, idle ones included. If
     it raises, it must do so in the same call on all; the group is then free for other work. An
     error of one rank inside a round leaves the first one waiting for its tile.
+    On a GPU the work of a round may only be queued by then: `between` waits for the device.
 
     Raises:
         ValueError: latents of another shape, or a process that is not of the group.

@@ -455,6 +455,8 @@ class Engine:
             latents = latents / config.scaling_factor
 
         def between(done: int, total: int) -> None:
+            if done:  # so far a GPU has only been told to decode
+                self._synchronize()
             emit(Tiles(job_id=request.job_id, done=done, total=total))
             if 0 < done < total:
                 stop_if(cancelled)
