@@ -32,7 +32,7 @@ import torch.distributed as dist
 from diffusers import AutoencoderKLMochi, MochiPipeline, MochiTransformer3DModel
 
 from mochi_app.engine.costs import GB, TRANSFORMER
-from mochi_app.engine.group import Ranks
+from mochi_app.engine.group import PATIENCE, Ranks
 from mochi_app.engine.loading import Precision, open_pipeline
 from mochi_app.engine.parallel import parallelize
 from mochi_app.engine.pipeline import Engine
@@ -287,6 +287,13 @@ def check_cached(ranks: Sequence[Found], alone: Found, most: float) -> str:
     return f"{computed} of {len(expected)} steps computed"
 
 
+def check_patience(ranks: Sequence[Found], device: str) -> None:
+    """No rank gives up on a slow peer, whatever the tensors are in."""
+    axes = [(name, kind) for name in ("cfg", "sp") for kind in {"cpu", device}]
+    for rank in ranks:
+        assert rank["patience"] == dict.fromkeys(axes, PATIENCE)
+
+
 def check_frames(name: str, found: Any, expected: Any, changed: float) -> str:
     """Bytes of a video differ by one at most, and few do."""
     difference = np.abs(found.astype(int) - expected.astype(int))
@@ -435,6 +442,11 @@ def test_first_block_cache_over_gpus(
     shape: tuple[int, int], alone: Found, together: Together, say: Say
 ) -> None:
     say(check_cached(transformers_of(together, shape), alone, TOLERANCE))
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=test_parallel.name_of)
+def test_no_gpu_gives_up_on_a_slow_peer(shape: tuple[int, int], together: Together) -> None:
+    check_patience(transformers_of(together, shape), "cuda")
 
 
 def test_gpus_left_alone_would_part_ways_and_together_do_not(together: Together) -> None:

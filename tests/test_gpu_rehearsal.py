@@ -45,6 +45,7 @@ def test_two_ranks_on_a_cpu(tmp_path: Path) -> None:
         of_mesh = [rank["transformer"][shape] for rank in ranks]
         test_gpu.check_outputs(of_mesh, alone, 1e-5)
         test_gpu.check_cached(of_mesh, alone, 1e-5)
+        test_gpu.check_patience(of_mesh, "cpu")
         test_gpu.check_videos(ranks, alone, shape, 5e-5, 1e-3)
     test_gpu.check_cancels(ranks)
     with mock.patch.object(test_decode, "CASES", TILED):

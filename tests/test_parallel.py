@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from diffusers import MochiTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as AttentionRegistry
 
-from mochi_app.engine.group import Ranks
+from mochi_app.engine.group import PATIENCE, Ranks
 from mochi_app.engine.parallel import (
     LayoutError,
     check_heads,
@@ -139,7 +140,23 @@ def lone_decisions(ranks: Ranks, shape: tuple[int, int]) -> list[list[bool]]:
     return [own, common]
 
 
-WORK = {"outputs": outputs_of_all_cases, "cached": cached, "decisions": lone_decisions}
+def patience(ranks: Ranks, shape: tuple[int, int]) -> dict[tuple[str, str], timedelta]:
+    """How long a peer is waited for, by axis and by where the tensors are."""
+    mesh = ranks.mesh(shape)
+    assert mesh is not None
+    return {
+        (name, kind): mesh[name].get_group()._get_backend(torch.device(kind)).options._timeout
+        for name in ("cfg", "sp")
+        for kind in {"cpu", ranks.device.type}
+    }
+
+
+WORK = {
+    "outputs": outputs_of_all_cases,
+    "cached": cached,
+    "decisions": lone_decisions,
+    "patience": patience,
+}
 Together = Callable[[tuple[int, int], str], list[Any]]
 
 
@@ -237,6 +254,14 @@ def test_shares_are_consecutive_and_differ_by_one_at_most() -> None:
     assert shares(44_520, 4) == [11_130] * 4
     assert shares(10, 4) == [3, 3, 2, 2]
     assert shares(3, 4) == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("shape", LAYOUTS, ids=name_of)
+def test_no_rank_gives_up_on_a_slow_peer_before_the_slot_does(
+    shape: tuple[int, int], together: Together
+) -> None:
+    for timeouts in together(shape, "patience"):
+        assert timeouts == {("cfg", "cpu"): PATIENCE, ("sp", "cpu"): PATIENCE}
 
 
 @pytest.mark.parametrize("shape", LAYOUTS, ids=name_of)

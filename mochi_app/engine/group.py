@@ -13,11 +13,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from mochi_app.engine.parallel import CFG, SP, mesh_shape
 
-# The slot has the deadlines and kills what hangs; a rank that waits for a slow peer does no harm.
+# Of every group, those of the meshes included: the slot has the deadlines and kills what hangs; a
+# rank that waits for a slow peer does no harm.
 PATIENCE = timedelta(days=1)
 
 
@@ -63,8 +64,10 @@ class Ranks:
         if self.size == 1:
             return None
         if shape not in self._meshes:
-            self._meshes[shape] = init_device_mesh(
-                self.device.type, shape, mesh_dim_names=(CFG, SP)
+            ranks = torch.arange(self.size).view(shape)
+            groups = [axis_group(part.tolist()) for part in (ranks.T, ranks)]
+            self._meshes[shape] = DeviceMesh.from_group(
+                groups, self.device.type, ranks, mesh_dim_names=(CFG, SP)
             )
         return self._meshes[shape]
 
@@ -90,3 +93,19 @@ class Ranks:
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
+
+
+def axis_group(lines: list[list[int]]) -> dist.ProcessGroup:
+    """This rank's group along a mesh axis that deals all ranks out to `lines`. Collective.
+
+    `init_device_mesh` would have it give up after torch's 10 or 30 minutes: its `backend_override`
+    takes the options of one backend only, and on GPUs there are two.
+    """
+    if len(lines) == 1:
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+    group: dist.ProcessGroup
+    group, _ = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
+        lines, timeout=PATIENCE
+    )
+    return group
