@@ -2,14 +2,16 @@
 
 A backup is one SQLite file in `backups/`, named by when it was made, by the beginning of the
 store's identity, and by how many changes the store had seen: `history-<UTC>-<store>-<changes>.db`.
-It is there whole and checked, or not at all. `Backups` makes one every so many hours; how one is
-put in place again is told in `recovery.py`. Every function here blocks.
+It is there whole and checked, or not at all; of several processes one at a time makes one.
+`Backups` makes one every so many hours; how one is put in place again is told in `recovery.py`.
+Every function here blocks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import re
@@ -42,7 +44,8 @@ log = logging.getLogger(__name__)
 FOLDER = "backups"
 NAME = re.compile(r"history-(\d{8}T\d{6})Z-([0-9a-f]{8})-(\d+)\.db")
 TIME_FORMAT = "%Y%m%dT%H%M%S"
-TEMPORARY = "tmp-backup.db"
+TEMPORARY = "tmp-backup.db"  # what a killed process leaves of it is removed by the next backup
+LOCK_SECONDS = 0.1  # between looks whether another process has made its backup
 PAGES_PER_STEP = 1000  # 4 MB; between steps a copy can be called off
 SPARE_BYTES = 64 << 20  # that a backup leaves free
 LOOK_SECONDS = 60.0  # between looks at whether one is due
@@ -126,24 +129,52 @@ def own(path: Path, like: Path) -> None:
 
 
 def make_backup(data_dir: Path, called_off: Callable[[], bool] = lambda: False) -> Backup:
-    """Copy the history as it is now, while a server writes to it or not, and check the copy.
+    """Copy the history as it is now, while a server writes to it or not, and check the copy; after
+    another process that makes one.
 
     Raises:
         HistoryError: no backup was made; the message says why and what to do.
         CalledOff: `called_off()` was true in the middle.
     """
     folder, history = data_dir / FOLDER, data_dir / "history"
-    temporary = folder / TEMPORARY
-    try:
-        with explained(f"back up the history in {history}"):
-            if not (history / DATABASE).exists():
-                raise HistoryError(f"{history / DATABASE}: there is no history to back up")
-            folder.mkdir(exist_ok=True)
+    with explained(f"back up the history in {history}"):
+        if not (history / DATABASE).exists():
+            raise HistoryError(f"{history / DATABASE}: there is no history to back up")
+        folder.mkdir(exist_ok=True)
+        with only_one(folder, called_off):
             require_space(history, folder)
-            sentinel = Sentinel.read(history)  # before the database, which may be ahead of it
-            with reading(history / DATABASE) as source:
-                copy_database(source, temporary, called_off)
-            return keep(temporary, sentinel, history)
+            return copy_and_keep(history, folder / TEMPORARY, called_off)
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, called_off: Callable[[], bool]) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process; wait while another backup is made.
+
+    Raises:
+        CalledOff: `called_off()` was true meanwhile.
+        OSError: the folder cannot be locked.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if called_off():
+                raise CalledOff
+            time.sleep(LOCK_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def copy_and_keep(history: Path, temporary: Path, called_off: Callable[[], bool]) -> Backup:
+    """Copy the database in `history` by way of `temporary`, which is gone in the end."""
+    try:
+        sentinel = Sentinel.read(history)  # before the database, which may be ahead of it
+        with reading(history / DATABASE) as source:
+            copy_database(source, temporary, called_off)
+        return keep(temporary, sentinel, history)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -10,6 +10,8 @@ import os
 import random
 import shutil
 import sqlite3
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,44 @@ class TestBackups:
         with pytest.raises(backups.CalledOff):
             make_backup(data, lambda: True)
         assert list((data / "backups").iterdir()) == []
+
+    async def test_two_at_once_wait_for_each_other(
+        self, data: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await keep(data, *(make(number) for number in range(1, 100)))
+        monkeypatch.setattr(backups, "PAGES_PER_STEP", 1)
+        second_came, ending = threading.Event(), threading.Event()
+
+        def second() -> Any:
+            return make_backup(data, lambda: second_came.set() or ending.is_set())
+
+        with ThreadPoolExecutor(2) as threads:
+            waiting: list[Future[Any]] = []
+
+            def in_the_middle() -> bool:
+                if not waiting:
+                    waiting.append(threads.submit(second))
+                    assert second_came.wait(30)
+                return False
+
+            first = make_backup(data, in_the_middle)
+            assert (waiting[0].result(30).writes, first.writes) == (99, 99)
+
+            waiting.clear()
+            second_came.clear()
+            ending.set()
+            make_backup(data, in_the_middle)
+            with pytest.raises(backups.CalledOff):
+                waiting[0].result(30)
+        assert {path.suffix for path in (data / "backups").iterdir()} == {".db"}
+        assert not (data / "backups" / backups.TEMPORARY).exists()
+
+    async def test_what_a_killed_one_left_is_removed(self, data: Path) -> None:
+        await keep(data, make(1))
+        (data / "backups").mkdir()
+        (data / "backups" / backups.TEMPORARY).write_bytes(b"half a copy")
+        made = make_backup(data)
+        assert list((data / "backups").iterdir()) == [made.path]
 
     async def test_rotation_goes_by_changes_and_leaves_other_histories_alone(
         self, data: Path
