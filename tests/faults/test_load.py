@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ import httpx
 
 from mochi_app.jobs import Job, JobIds
 from mochi_app.record_store import JOB, RecordStore
+from mochi_app.web.routes import STREAMS_OF_ADDRESS
 from tests.benchmarks import records
 from tests.crowds import browser, call, deaf_listener, flood, post
 from tests.serving import Served, poll
@@ -219,6 +222,36 @@ async def watch_in_crowds(served: Served) -> None:
         async with browser(served.url) as other:
             told = await asyncio.gather(*(call(other, "submit_job", body) for _ in range(20)))
         assert any("jobs are waiting, the most this server takes" in text for text in told)
+
+
+def test_one_client_takes_the_live_page_from_nobody(serve: Serve) -> None:
+    """One client opens /events 600 times: it gets its share and 429 from then on, and the pages of
+    others hear everything."""
+    served = serve("ok", MOCHI_TRUSTED_PROXIES="127.0.0.1").ready()
+    submit(served, "slow", 64)
+    lines = [opened_page(served, "10.9.9.9") for _ in range(600)]
+    try:
+        statuses = Counter(line.recv(12)[-3:] for line in lines)
+        assert statuses == {b"200": STREAMS_OF_ADDRESS, b"429": 600 - STREAMS_OF_ADDRESS}
+        poll(lambda: all_jobs(served), "the end of the job, on another page")
+    finally:
+        for line in lines:
+            line.close()
+
+    def comes_in() -> bool:
+        with opened_page(served, "10.9.9.9") as line:
+            return line.recv(12).endswith(b"200")
+
+    poll(comes_in, "a seat, as the others have left")
+
+
+def opened_page(served: Served, address: str) -> socket.socket:
+    """/events, opened from an address that a proxy tells."""
+    connection = socket.create_connection(("127.0.0.1", served.port), timeout=30)
+    connection.sendall(
+        f"GET /events HTTP/1.1\r\nhost: x\r\nx-forwarded-for: {address}\r\n\r\n".encode()
+    )
+    return connection
 
 
 def test_pages_that_never_read_cost_no_memory(serve: Serve, tmp_path: Path) -> None:
