@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mochi_app.engine import costs, fit
-from mochi_app.engine.loading import LoadError, Precision, Room
+from mochi_app.engine.loading import LoadError, Precision, Room, warn_of_rounding
 from mochi_app.engine.messages import Configure
 
 CUDA = torch.device("cuda")
@@ -99,3 +101,48 @@ def test_each_part_has_its_type(
     chosen = Precision.choose(replace(FOUR_GPUS, **given), torch.device(device))  # type: ignore[arg-type]
     types = (chosen.transformer, chosen.text_encoder, chosen.vae)
     assert tuple(str(dtype).removeprefix("torch.") for dtype in types) == expected
+
+
+PLAIN = "diffusion_pytorch_model.safetensors"
+VARIANT = "diffusion_pytorch_model.bf16.safetensors"
+SHARD = "diffusion_pytorch_model.bf16-0000{}-of-00002.safetensors"
+B, F, H = torch.bfloat16, torch.float32, torch.float16
+
+
+@pytest.mark.parametrize(
+    ("files", "dtype", "rounded"),
+    [
+        ({PLAIN: F}, B, ""),
+        ({PLAIN: F, VARIANT: B}, F, ""),
+        ({PLAIN: F, VARIANT: B}, B, VARIANT),
+        ({VARIANT: B}, F, VARIANT),
+        ({VARIANT: F}, B, ""),
+        ({PLAIN: H}, B, ""),  # as the embedded model is: there are no other files of it
+        ({SHARD.format(1): None, SHARD.format(2): B}, B, SHARD.format(2)),
+        ({PLAIN: None}, B, ""),
+    ],
+    ids=["plain", "plain of both", "variant of both", "variant", "exact variant", "float16",
+         "shards", "none"],
+)  # fmt: skip
+def test_rotary_frequencies_that_the_files_have_rounded_are_told(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    files: dict[str, torch.dtype | None],
+    dtype: torch.dtype,
+    rounded: str,
+) -> None:
+    (tmp_path / "transformer").mkdir()
+    for name, stored in files.items():
+        tensors = {"other": torch.zeros(1, dtype=torch.bfloat16)}
+        if stored:
+            tensors["pos_frequencies"] = torch.ones(2, dtype=stored)
+        save_file(tensors, tmp_path / "transformer" / name)
+    warn_of_rounding(tmp_path, dtype)
+    told = [record.getMessage() for record in caplog.records]
+    if not rounded:
+        assert not told
+        return
+    assert len(told) == 1
+    assert rounded in told[0]
+    assert "MOCHI_DTYPE=float32" in told[0]
+    assert "MOCHI_MODEL" in told[0]

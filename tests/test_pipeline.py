@@ -383,16 +383,23 @@ def test_a_missing_gpu_is_said() -> None:
 
 
 def test_bfloat16_takes_the_bfloat16_files_if_there_are_any(
-    pipe: MochiPipeline, tmp_path: Path
+    pipe: MochiPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    frequencies = pipe.transformer.pos_frequencies.data
-    pipe.to(torch.bfloat16)
-    pipe.transformer.pos_frequencies.data = frequencies  # they stay float32, as when loaded
-    pipe.save_pretrained(tmp_path, variant="bf16")
+    """They have the rotary frequencies rounded, which is said: float32 again, they stay rounded."""
+    exact = pipe.transformer.pos_frequencies.data.clone()
+    rounded = exact.bfloat16().float()
+    assert not torch.equal(exact, rounded)
+    pipe.to(torch.bfloat16).save_pretrained(tmp_path, variant="bf16")
     assert list(tmp_path.glob("transformer/*.bf16.safetensors"))
     small = replace(CONFIG, dtype="bfloat16", text_dtype="bfloat16")
-    engine = pipeline.load(replace(small, model=str(tmp_path)), ignore)
     plain = pipeline.load(small, ignore)
+    frequencies = plain._pipe.transformer.pos_frequencies
+    assert torch.equal(frequencies, exact)
+    assert "rotary" not in caplog.text
+    engine = pipeline.load(replace(small, model=str(tmp_path)), ignore)
+    assert torch.equal(engine._pipe.transformer.pos_frequencies, rounded)
+    assert caplog.text.count("rotary frequencies") == 1
+    frequencies.data = rounded
     assert frames_of(engine).frames_hash == frames_of(plain).frames_hash
 
 

@@ -6,6 +6,7 @@ starts: `weights.py` has downloaded it once for the whole machine. Running is `p
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKLMochi, MochiPipeline, MochiTransformer3DModel
+from safetensors import safe_open
 from transformers import T5EncoderModel
 
 from mochi_app.engine import fit
 from mochi_app.engine.messages import Configure
 from mochi_app.engine.weight_files import PartTypes, weight_files
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -148,7 +152,8 @@ def quiet_libraries() -> None:
 def open_pipeline(
     model: str, precision: Precision, device: torch.device, *, text: bool = True
 ) -> MochiPipeline:
-    """The pipeline of a folder, each part in its own type, its rotary frequencies in float32.
+    """The pipeline of a folder, each part in its own type, its rotary frequencies in float32 (as
+    exact as its files have them, see `warn_of_rounding`).
 
     Weights go from the files to the device through accelerate, part by part, so host memory never
     holds a second copy. Without `text` the text encoder is not read at all.
@@ -181,13 +186,40 @@ def open_pipeline(
     return MochiPipeline.from_pretrained(folder, **parts)
 
 
+def warn_of_rounding(folder: Path, dtype: torch.dtype) -> None:
+    """Log a warning if the files that a transformer of this type is read from have its rotary
+    frequencies in bfloat16: read into float32 they stay rounded. Reads headers only."""
+    for name in chosen_files(folder, "transformer", dtype):
+        path = folder / "transformer" / name
+        if path.suffix == ".safetensors" and stored_type(path, "pos_frequencies") == "BF16":
+            log.warning(
+                "rotary frequencies: transformer/%s has them rounded to bfloat16, so frames differ "
+                "a little from those that Mochi's authors get, who keep them in float32. To have "
+                "them exact, let MOCHI_MODEL name a folder that has the transformer's float32 "
+                "files and not its bf16 ones: the other weights are converted as they are read. "
+                "MOCHI_DTYPE=float32 takes the float32 files, too, at twice the memory",
+                name,
+            )
+
+
+def stored_type(path: Path, tensor: str) -> str:
+    """A tensor's type in a safetensors file, as `F32` or `BF16`; empty if it is not there."""
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        return str(file.get_slice(tensor).get_dtype()) if tensor in names else ""
+
+
+def chosen_files(folder: Path, part: str, dtype: torch.dtype) -> list[str]:
+    """Of two sets of weights that a part may have, the files in its own type."""
+    names = [path.name for path in (folder / part).iterdir()]
+    return weight_files(part, names, name_of(dtype))
+
+
 def part_options(
     folder: Path, name: str, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """What `from_pretrained` of one part wants: of two sets of files, the one in its own type."""
-    names = [path.name for path in (folder / name).iterdir()]
-    chosen = weight_files(name, names, name_of(dtype))
-    small = any(".bf16" in file for file in chosen)
+    small = any(".bf16" in file for file in chosen_files(folder, name, dtype))
     return {
         "subfolder": name,
         "dtype": dtype,

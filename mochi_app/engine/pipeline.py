@@ -3,10 +3,10 @@
 Owns the model in this process and the exactness promise: in float32 on one rank, the frames of a
 request are those of a plain `MochiPipeline(...)` call with the same arguments and a CPU generator,
 bit for bit. With bfloat16 weights it keeps in float32 what the model's authors do: the latents
-between steps, the rotary frequencies, and the text encoder unless told otherwise. Over several
-ranks every rank runs the same code: the first reads the text and has the frames, and what stops one
-stops all at the same boundary. It does not own the process (`rank.py`), the layout of the
-transformer (`parallel.py`) or files (`encode.py`).
+between steps, the rotary frequencies (rounded, if the weights' files have them so), and the text
+encoder unless told otherwise. Over several ranks every rank runs the same code: the first reads the
+text and has the frames, and what stops one stops all at the same boundary. It does not own the
+process (`rank.py`), the layout of the transformer (`parallel.py`) or files (`encode.py`).
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from mochi_app.engine.loading import (
     name_of,
     open_pipeline,
     quiet_libraries,
+    warn_of_rounding,
 )
 from mochi_app.engine.lora import LoraShelf
 from mochi_app.engine.messages import (
@@ -151,6 +152,8 @@ def load(config: Configure, emit: Emit) -> Engine:
     facts = checkpoint.of_configuration(config) | precision_facts(precision)
     place = device if options.offload == "none" else torch.device("cpu")
     pipe = open_pipeline(config.model, precision, place, text=ranks.first)
+    if ranks.first:
+        warn_of_rounding(Path(config.model).expanduser(), precision.transformer)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_tiling()  # takes effect above 256 pixels a side only
     if config.attention != "native":
