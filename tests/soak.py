@@ -2,11 +2,12 @@
 
     python -m tests.soak --minutes 20 --every 10
 
-Clients ask for videos of the embedded model, enhance some, watch, cancel a few and delete a few,
-while ranks and the server itself are killed, stopped and frozen, checkpoints torn and the disk
-filled. In the end every accepted job must be in exactly one terminal state, every video play with
-the frames of a calm run, and no process, file or memory be left over. Exit status 1 if not. A job
-that two harms met before its next checkpoint may end as poison; those are counted.
+Clients ask for videos of the embedded model, and ask again with the same request_id when an answer
+is lost; they watch, cancel a few and delete a few, while ranks and the server itself are killed,
+stopped and frozen, checkpoints torn and the disk filled. In the end every accepted request must be
+one job, every job be asked for and in exactly one terminal state, every video play with the frames
+of a calm run, and no process, file or memory be left over. Exit status 1 if not. A job that two
+harms met before its next checkpoint may end as poison; those are counted.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ REQUESTS: list[dict[str, Any]] = [
         ("red", "ring", 4), ("blue", "square", 8), ("green", "star", 16), ("yellow", "disc", 48),
     ])
 ]  # fmt: skip
+# A server that ends, one that knows nothing of what another was asked, one that cannot write.
+NO_ANSWER = ("stopping", "Server stopped", "404: Not Found", "history")
 MOST_WAITING = 8
 BALLAST_ROOM = 256 << 10  # bytes left on the disk while it is full
 DRAIN_SECONDS = 300.0
@@ -51,14 +54,28 @@ GROWTH = 1.1  # of memory by 300 requests that are read as they should be
 
 @dataclass
 class Ledger:
-    """What the clients know: accepted jobs and what they did to them."""
+    """What the clients know: what they asked for, accepted jobs, and what they did to them."""
 
+    asked: dict[str, dict[str, Any]] = field(default_factory=dict)  # by request_id
+    answers: dict[str, str | None] = field(default_factory=dict)  # job id, None when refused
     accepted: dict[str, dict[str, Any]] = field(default_factory=dict)  # request by job id
     cancelled: set[str] = field(default_factory=set)
     deleted: set[str] = field(default_factory=set)
     refused: Counter[str] = field(default_factory=Counter)
     pids: set[int] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def asks(self, key: str, request: dict[str, Any]) -> None:
+        """A request is sent under this request_id; until it is answered there may be a job."""
+        with self.lock:
+            self.asked[key] = request
+
+    def answered(self, key: str, job_id: str | None) -> None:
+        """The request was accepted as this job, or refused."""
+        with self.lock:
+            self.answers[key] = job_id
+            if job_id is not None:
+                self.accepted[job_id] = self.asked[key]
 
 
 def frames_hash(content: bytes) -> str:
@@ -100,7 +117,7 @@ class Crowd:
             try:
                 return self._served.call(name, **parameters)
             except Refusal as refusal:
-                if "stopping" not in str(refusal) and "history" not in str(refusal):
+                if not any(sign in str(refusal) for sign in NO_ANSWER):
                     self._ledger.refused[str(refusal)[:60]] += 1
                     return None
             except (httpx.HTTPError, ValueError, IndexError):
@@ -115,10 +132,12 @@ class Crowd:
                 continue
             request = self._random.choice(REQUESTS)
             key = f"{self._random.getrandbits(64):x}"
+            self._ledger.asks(key, request)
             job = self._again("submit_job", request_id=key, **request)
             if job is not None:
-                with self._ledger.lock:
-                    self._ledger.accepted[job["id"]] = request
+                self._ledger.answered(key, job["id"])
+            elif not self._end.is_set():
+                self._ledger.answered(key, None)
 
     def _meddle(self) -> None:
         """Cancel, delete and star, now and then."""
@@ -272,14 +291,35 @@ def audit(served: Served, ledger: Ledger, calm: dict[int, str]) -> list[str]:
     listed = list(all_jobs(served))
     jobs = {job["id"]: job for job in listed}
     wrong = [f"{len(listed) - len(jobs)} jobs are listed twice"] if len(jobs) < len(listed) else []
-    for job_id, request in ledger.accepted.items():
-        job = jobs.get(job_id)
-        if job is None:
-            if job_id not in ledger.deleted:
-                wrong.append(f"{job_id} is lost")
-            continue
-        wrong += [f"{job_id}: {what}" for what in faults_of(served, ledger, job, request, calm)]
+    lost = ledger.accepted.keys() - jobs.keys() - ledger.deleted
+    wrong += [f"{job_id} is lost" for job_id in sorted(lost)]
+    wrong += made_twice(listed)
+    for job in jobs.values():
+        wrong += [f"{job['id']}: {what}" for what in strangeness_of(ledger, job)]
+        if (request := ledger.asked.get(job["request_id"])) is not None:
+            found = faults_of(served, ledger, job, request, calm)
+            wrong += [f"{job['id']}: {what}" for what in found]
     return [*wrong, *leftovers(served, ledger, listed)]
+
+
+def made_twice(listed: list[dict[str, Any]]) -> Iterator[str]:
+    """Requests that are more than one job."""
+    ids: dict[str, set[str]] = {}
+    for job in listed:
+        if job["request_id"] is not None:
+            ids.setdefault(job["request_id"], set()).add(job["id"])
+    for key, made in ids.items():
+        if len(made) > 1:
+            yield f"request {key} is {len(made)} jobs: {', '.join(sorted(made))}"
+
+
+def strangeness_of(ledger: Ledger, job: dict[str, Any]) -> Iterator[str]:
+    """Whether somebody asked for the job, and was not told otherwise."""
+    key = job["request_id"]
+    if key not in ledger.asked:
+        yield "nobody asked for it"
+    elif key in ledger.answers and (answer := ledger.answers[key]) != job["id"]:
+        yield f"its request {key} was {f'answered with {answer}' if answer else 'refused'}"
 
 
 def faults_of(
@@ -367,6 +407,7 @@ def soak(minutes: float, every: float, seed: int) -> dict[str, Any]:
         "seed": seed,
         "harms": dict(harms.done),
         "accepted": len(ledger.accepted),
+        "unanswered": len(ledger.asked) - len(ledger.answers),
         "deleted": len(ledger.deleted),
         "ends": dict(ends),
         "refused": dict(ledger.refused),
