@@ -35,6 +35,7 @@ from mochi_app.studio import Studio
 from mochi_app.tickets import Tickets
 from mochi_app.web import ui
 from mochi_app.web.api import Api
+from mochi_app.web.connections import Connection, allow_files, most_connections
 from mochi_app.web.doors import Doors, Guard, add_login, user_of
 from mochi_app.web.guards import (
     BoundedBody,
@@ -177,6 +178,9 @@ async def serve(settings: Settings, engine_command: Sequence[str] = ENGINE_COMMA
         build_web(studio, secrets.token_urlsafe(32)),
         host=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
         port=server_port(),
+        http=Connection,
+        ws="none",
+        backlog=most_connections() // 4,  # so many are accepted before the first is counted
         log_config=None,  # its lines go the way of ours
         log_level="warning",
         proxy_headers=bool(settings.trusted_proxies),
@@ -190,6 +194,7 @@ async def serve(settings: Settings, engine_command: Sequence[str] = ENGINE_COMMA
 def main(engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
     """Run the app; the exit code says whether it could start."""
     start_logging("text")
+    allow_files()
     try:
         settings = load_settings()
         start_logging(settings.log_format)

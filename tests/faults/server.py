@@ -4,9 +4,12 @@ FAULTS_QUEUE names a file that harms Gradio's queue while it is there. It says h
 the queue's loop whenever it takes an event, "drop" loses one ticket, and the file is removed.
 FAULTS_VIDEO names a file that, while it is there, ends the server (SIGKILL) when a video is in
 place and its record does not say so yet.
+FAULTS_FILES is how many files the server may have open, a quarter of it at first, and
+FAULTS_PATIENCE how many seconds it waits for a request.
 """
 
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +19,7 @@ from gradio.queueing import Queue
 
 import app
 from mochi_app.media import MediaStore
+from mochi_app.web import connections
 from tests.conftest import fake_engine
 
 
@@ -54,4 +58,8 @@ if __name__ == "__main__":
         harm_videos(Path(path))
     if path := os.environ.get("FAULTS_QUEUE"):
         harm_queue(Path(path))
+    if files := int(os.environ.get("FAULTS_FILES", 0)):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files // 4, files))
+    if seconds := float(os.environ.get("FAULTS_PATIENCE", 0)):
+        connections.HEAD_SECONDS = seconds
     sys.exit(app.main(fake_engine(sys.argv[1])))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 import socket
 import threading
 import time
@@ -222,6 +224,31 @@ async def watch_in_crowds(served: Served) -> None:
         async with browser(served.url) as other:
             told = await asyncio.gather(*(call(other, "submit_job", body) for _ in range(20)))
         assert any("jobs are waiting, the most this server takes" in text for text in told)
+
+
+def test_silent_connections_lock_nobody_out(serve: Serve) -> None:
+    """A stranger opens more connections than the server may have files open, and sends nothing, or
+    half a request: others are answered, what runs is made, and the silent ones are closed."""
+    served = serve("ok", FAULTS_FILES="512", FAULTS_PATIENCE="5").ready()
+    job = submit(served, "slow", 64)
+    served.running(job["id"])
+    silent = [socket.create_connection(("127.0.0.1", served.port), 30) for _ in range(600)]
+    try:
+        for line in silent[::2]:
+            with contextlib.suppress(ConnectionError):  # closed already
+                line.sendall(b"GET / HTTP/1.1\r\n")
+        assert served.get("/livez").status_code == 200
+        ended = served.ended(job["id"])
+        assert (ended["status"], ended["attempts"]) == ("COMPLETED", 1)
+        for line in silent:
+            with contextlib.suppress(ConnectionError):
+                assert line.recv(1) == b""
+    finally:
+        for line in silent:
+            line.close()
+    assert "out of system resource" not in served.log.read_text()
+    limits = Path(f"/proc/{served.process.pid}/limits").read_text()
+    assert re.search(r"Max open files +512 +512 ", limits)
 
 
 def test_one_client_takes_the_live_page_from_nobody(serve: Serve) -> None:
