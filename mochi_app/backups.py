@@ -141,6 +141,7 @@ def make_backup(data_dir: Path, called_off: Callable[[], bool] = lambda: False) 
         if not (history / DATABASE).exists():
             raise HistoryError(f"{history / DATABASE}: there is no history to back up")
         folder.mkdir(exist_ok=True)
+        own(folder, history)
         with only_one(folder, called_off):
             require_space(history, folder)
             return copy_and_keep(history, folder / TEMPORARY, called_off)

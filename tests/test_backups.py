@@ -179,6 +179,16 @@ class TestBackups:
         assert {path.suffix for path in (data / "backups").iterdir()} == {".db"}
         assert not (data / "backups" / backups.TEMPORARY).exists()
 
+    async def test_the_folder_that_root_makes_is_the_servers(
+        self, data: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await keep(data, make(1))
+        owned: list[str] = []
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        monkeypatch.setattr(os, "chown", lambda path, user, group: owned.append(Path(path).name))
+        make_backup(data)
+        assert "backups" in owned
+
     async def test_what_a_killed_one_left_is_removed(self, data: Path) -> None:
         await keep(data, make(1))
         (data / "backups").mkdir()
