@@ -702,27 +702,27 @@ async def test_a_small_unstarred_video_is_not_room_for_a_large_one(
     assert studio.status(small.id)["evicted_at"] is None
 
 
-@pytest.mark.parametrize("patience", range(8))
-async def test_a_caller_who_goes_away_leaves_nothing_half_done(
-    make_studio: MakeStudio, patience: int
-) -> None:
+async def test_a_caller_who_goes_away_leaves_nothing_half_done(make_studio: MakeStudio) -> None:
     studio = await make_studio()
-    await eventually(lambda: studio.pool.ready_slot() is not None)
-    preview = await ended(studio, await studio.submit(prompt="p"))
-    for work in (studio.submit(prompt="p"), studio.enhance(preview.id)):
-        caller = asyncio.create_task(work)
+    previews = [await studio.submit(prompt="p") for _ in range(7)]
+    for preview in previews:
+        await ended(studio, preview)
+
+    async def call_and_go(work: Awaitable[Job], patience: int) -> None:
+        caller = asyncio.ensure_future(work)
         for _ in range(patience):
             await asyncio.sleep(0)
         caller.cancel()
         await asyncio.gather(caller, return_exceptions=True)
-    if patience:  # it had begun
-        await eventually(lambda: studio.history.count(JobStatus.COMPLETED) == 3)
-        waiting = await studio.submit(prompt="slow", num_inference_steps=400)
-        caller = asyncio.create_task(studio.cancel(waiting.id))
-        for _ in range(patience):
-            await asyncio.sleep(0)
-        caller.cancel()
-        assert (await ended(studio, waiting)).status is JobStatus.CANCELLED
+
+    for patience, preview in enumerate(previews, 1):
+        await call_and_go(studio.submit(prompt="p"), patience)
+        await call_and_go(studio.enhance(preview.id), patience)
+    await eventually(lambda: studio.history.count(JobStatus.COMPLETED) == 3 * len(previews))
+    for patience in range(1, len(previews)):
+        job = await studio.submit(prompt="slow", num_inference_steps=400)
+        await call_and_go(studio.cancel(job.id), patience)
+        assert (await ended(studio, job)).status is JobStatus.CANCELLED
     assert studio.pool.slots[0].restarts == 0
 
 
