@@ -502,6 +502,16 @@ async def test_a_cancel_outlives_its_server(make_studio: MakeStudio, where: JobS
     assert not checkpoint.exists()
 
 
+async def test_a_poster_that_stays_does_not_stop_the_start(make_studio: MakeStudio) -> None:
+    studio = await make_studio(turns=False)
+    job = await studio.submit(prompt="p")
+    await studio.cancel(job.id)
+    (studio.media.posters / f"{job.id}.webp").mkdir()  # not to be unlinked
+    await close_studio(studio)
+    again = await make_studio(turns=False)
+    assert again.status(job.id)["status"] == "CANCELLED"
+
+
 async def test_what_ends_while_others_are_mended_is_left_alone(
     make_studio: MakeStudio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
