@@ -6,7 +6,6 @@ A record and its files change together, under one lock; files go before the reco
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import math
 import time
@@ -106,10 +105,9 @@ class Shelf:
     def can_make_room(self, size: int) -> bool:
         """Whether so many bytes more are within the quota once all that can go is gone."""
         over = self._media.total_bytes() + size - self.quota_bytes
-        for job in itertools.chain(self._history.trashed(), self._history.evictable()):
-            if over <= 0:
-                break
-            over -= self._media.size(job.id)
+        for going in (self._history.trashed, self._history.evictable):
+            if over > 0:  # seldom: they may be many
+                over -= sum(self._media.size(job.id) for job in going())
         return over <= 0
 
     async def enforce_quota(self) -> None:
