@@ -6,6 +6,7 @@ A record and its files change together, under one lock; files go before the reco
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -105,10 +106,13 @@ class Shelf:
     def can_make_room(self, size: int) -> bool:
         """Whether so many bytes more are within the quota once all that can go is gone."""
         over = self._media.total_bytes() + size - self.quota_bytes
-        for going in (self._history.trashed, self._history.evictable):
-            if over > 0:  # seldom: they may be many
-                over -= sum(self._media.size(job.id) for job in going())
-        return over <= 0
+        if over <= 0:
+            return True
+        for job in itertools.chain(self._history.trashed(), self._history.evictable()):
+            over -= self._media.size(job.id)
+            if over <= 0:
+                return True
+        return False
 
     async def enforce_quota(self) -> None:
         """Keep the videos within the quota, as far as that is possible."""
