@@ -110,10 +110,10 @@ class Training:
 
 
 def set_learning_rate(training: Training, steps: int, warmup: int = 100) -> None:
-    """Warm up, hold, and fall linearly to nothing over the last two fifths of `steps`."""
+    """Warm up, hold, and fall linearly to a tenth over the last two fifths of `steps`."""
     rise = (training.step + 1) / warmup
-    fall = (steps - training.step) / (0.4 * steps)
-    factor = max(0.0, min(1.0, rise, fall))
+    fall = 0.1 + 0.9 * (steps - training.step) / (0.4 * steps)
+    factor = max(0.1, min(1.0, rise, fall))
     for optimizer in training.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor

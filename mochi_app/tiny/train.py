@@ -70,7 +70,7 @@ def run_stage(name: str, options: argparse.Namespace) -> None:
     else:
         text = start_stage("text", pipeline, options)
         captions = train_transformer.Captions(pipeline.tokenizer, text.averaged.encoder)
-        bank = data.geometry_bank(options.work / BANK, PER_CLASS, options.seed)
+        bank = data.geometry_bank(options.work / BANK, options.geometries, options.seed)
         train_transformer.run(
             training,
             captions,
@@ -130,6 +130,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text-steps", type=int, default=1200)
     parser.add_argument("--decoder-steps", type=int, default=5000)
     parser.add_argument("--transformer-steps", type=int, default=6000)
+    parser.add_argument(
+        "--geometries", type=int, default=PER_CLASS, help="of each shape, motion and size"
+    )
     parser.add_argument("--eager", action="store_true", help="no torch.compile, no C++ compiler")
     parser.add_argument("--notice", default=None, help="what the page says about the model")
     return parser.parse_args(arguments)

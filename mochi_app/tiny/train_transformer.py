@@ -20,8 +20,10 @@ from mochi_app.tiny.attention import use_batched_attention
 from mochi_app.tiny.checkpoints import Training, set_learning_rate
 
 BATCH = 32
+RATE = 1e-3  # of AdamW; Muon's is twice that
 CAPTION_TOKENS = 24
 EARLY_SHARE = 0.6  # of the batch is drawn where shape and place are decided: near the noise
+EARLY_END = 0.45
 
 
 class Captions:
@@ -46,7 +48,7 @@ class Captions:
         return embedded, mask
 
 
-def start(transformer: MochiTransformer3DModel, work: Path, rate: float = 1e-3) -> Training:
+def start(transformer: MochiTransformer3DModel, work: Path, rate: float = RATE) -> Training:
     """A fresh stage over this transformer."""
     use_batched_attention(transformer)
     matrices: list[torch.nn.Parameter] = []
@@ -70,7 +72,7 @@ def draw_times(size: int, generator: torch.Generator) -> torch.Tensor:
     even = (torch.arange(size) + torch.rand(size, generator=generator)) / size
     even = even[torch.randperm(size, generator=generator)]
     early = torch.rand(size, generator=generator) < EARLY_SHARE
-    return torch.where(early, even / (4.0 - 3.0 * even), even)
+    return torch.where(early, EARLY_END * even.pow(1.5), even)
 
 
 def loss_of(
@@ -92,8 +94,8 @@ def loss_of(
             encoder_attention_mask=embedded[1],
             return_dict=False,
         )[0]
-    error = (velocity.float() - (clean - noise)).square() * batch.weights
-    return error.mean(dim=(1, 2, 3, 4)) / batch.weights.mean()
+    error = (velocity.float() - (clean - noise)).square().mean(dim=(1, 2, 3, 4))
+    return error * batch.weights / batch.weights.mean()
 
 
 def run(
