@@ -267,7 +267,17 @@ def test_the_token_is_an_admins_and_the_secret_a_tickets_only(
     settings = settings_in(tmp_path / "data", auth_file=auth_file, api_token=TOKEN)
     door = Doors(settings, "ticket")
     assert door.caller(coming(**BEARER)) == Caller("api", admin=True)
-    for wrong in (f"Bearer {TOKEN}x", f"bearer {TOKEN}", f"Basic {TOKEN}", "Bearer ", "é"):
+    for right in (f"bearer {TOKEN}", f"BEARER  {TOKEN}", f"bEaReR \t{TOKEN}  "):
+        assert door.caller(coming(authorization=right)) == Caller("api", admin=True), right
+    for wrong in (
+        f"Bearer {TOKEN}x",
+        f"Basic {TOKEN}",
+        f"Bearer{TOKEN}",
+        TOKEN,
+        "Bearer ",
+        "",
+        "é",
+    ):
         assert door.caller(coming(authorization=wrong)) is None
     turn = "/gradio_api/call/engine_turn"
     for path in (turn, f"{turn}/event"):
@@ -363,6 +373,7 @@ FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
         (b'{"path": "/etc/passwd", "meta": {}}', "application/json", 200),
         (b"\xff\xfe", "application/json", 200),  # its route's to refuse
         (b"--x--", "Multipart/Form-Data; boundary=x", 415),
+        (b"--x--", " multipart/mixed;boundary=x", 415),
     ],
 )
 @pytest.mark.parametrize("chunked", [False, True])
@@ -379,6 +390,23 @@ async def test_what_no_caller_needs_to_send_is_refused(
     assert answer.status_code == status
     if status == 200:
         assert answer.content == body
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "status"),
+    [
+        ("/login", "multipart/form-data; boundary=x", 200),
+        ("/login", "Multipart/FORM-data;boundary=x", 200),
+        ("/login", "multipart/mixed; boundary=x", 415),
+        ("/login/", "multipart/form-data; boundary=x", 415),
+        ("/logout", "multipart/form-data; boundary=x", 415),
+        ("/gradio_api/upload", "multipart/form-data; boundary=x", 415),
+    ],
+)
+async def test_only_the_login_takes_multipart(path: str, kind: str, status: int) -> None:
+    async with asking(guards.BoundedBody(echo)) as client:
+        answer = await client.post(path, content=b"--x--", headers={"content-type": kind})
+    assert answer.status_code == status
 
 
 async def test_a_long_body_is_not_read_to_its_end() -> None:
@@ -619,6 +647,9 @@ async def test_login_and_logout_in_a_browser(web: Web, auth_file: Path) -> None:
     left = await client.post("/logout")
     assert (left.status_code, left.headers["location"]) == (303, "login")
     assert (await client.get("/")).status_code == 303
+    malformed = {"content-type": "multipart/form-data; boundary=x"} | html
+    refused = await client.post("/login", content=b"--y", headers=malformed)
+    assert (refused.status_code, "cannot be read as multipart" in refused.text) == (400, True)
 
 
 async def test_guessing_is_slowed_down_and_long_names_are_no_trouble(

@@ -12,31 +12,29 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
-import html
 import ipaddress
 import logging
 import os
 import re
 import secrets
-import string
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
 
 from fastapi import APIRouter, FastAPI, Request
 from itsdangerous import BadData, URLSafeTimedSerializer
 from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mochi_app.accounts import ANONYMOUS, MACHINE, MAX_PASSWORD, Account, Accounts, Caller
+from mochi_app.accounts import ANONYMOUS, MACHINE, Account, Accounts, Caller
 from mochi_app.jobs import JOB_ID, shown
 from mochi_app.settings import Settings, SettingsError
 from mochi_app.tickets import ENDPOINT, SECRET_HEADER
+from mochi_app.web.forms import LoginRefused, login_page, page_url, read_form
 from mochi_app.web.guards import refusal
 
 log = logging.getLogger(__name__)
@@ -55,7 +53,6 @@ MAX_COOKIE = 1024  # characters
 SCOPE_KEY = "mochi.caller"
 OPEN_PATHS = frozenset({"/livez", "/healthz", "/login", "/logout", "/favicon.ico", "/robots.txt"})
 TICKET_PATH = re.compile(rf"/gradio_api/call/{ENDPOINT}(/[^/]+)?")
-LOGIN_PAGE = string.Template((Path(__file__).parent / "login.html").read_text(encoding="utf-8"))
 
 
 def caller_of(request: Any) -> Caller:
@@ -146,15 +143,6 @@ def address_of(request: HTTPConnection) -> str:
     return host
 
 
-class LoginRefused(Exception):
-    """Nobody is logged in, with this HTTP status; `retry` is in seconds."""
-
-    def __init__(self, status: int, told: str, retry: float = 0.0) -> None:
-        super().__init__(told)
-        self.status = status
-        self.retry = retry
-
-
 class Doors:
     """Tells who comes. `closed` with an accounts file: then whoever is nobody known stays outside.
 
@@ -166,7 +154,7 @@ class Doors:
     def __init__(self, settings: Settings, ticket_secret: str) -> None:
         token = settings.api_token
         self._accounts = Accounts(settings.auth_file) if settings.auth_file else None
-        self._bearer = f"Bearer {token.get_secret_value()}".encode() if token else None
+        self._token = token.get_secret_value().strip().encode() if token else None
         self._ticket_secret = ticket_secret.encode()
         key = load_key(settings.data_dir)
         # Servers on one host share their cookies: each has its own names.
@@ -190,7 +178,7 @@ class Doors:
         for_ticket = TICKET_PATH.fullmatch(connection.scope["path"])
         if for_ticket and same(headers.get(SECRET_HEADER), self._ticket_secret):
             return Caller()
-        if self._bearer is not None and same(headers.get("authorization"), self._bearer):
+        if self._token is not None and same(bearer(headers.get("authorization")), self._token):
             return Caller(MACHINE, admin=True)
         if self._accounts is not None:
             return self._logged_in(self._accounts, connection)
@@ -262,6 +250,14 @@ class Doors:
 def same(given: str | None, secret: bytes) -> bool:
     """Whether a secret was given, in a time that tells nothing of it."""
     return given is not None and hmac.compare_digest(given.encode("utf-8", "replace"), secret)
+
+
+def bearer(header: str | None) -> str | None:
+    """The token of an Authorization header of that scheme, in whatever case (RFC 9110, 11.1)."""
+    match (header or "").split(maxsplit=1):
+        case [scheme, token] if scheme.lower() == "bearer":
+            return token.strip()
+    return None
 
 
 def serializer(key: bytes, purpose: str) -> URLSafeTimedSerializer:
@@ -339,8 +335,9 @@ def add_login(app: FastAPI, doors: Doors) -> None:
     async def log_in(request: Request) -> Response:
         """Check name and password; a browser gets the page, a program `{"success": true}`."""
         browser = "text/html" in request.headers.get("accept", "")
+        job = ""
         try:
-            form = parse_form(await request.body())
+            form = await read_form(request)
             job = form.get("job", "")
             answer: Response = JSONResponse({"success": True})
             if browser:
@@ -363,29 +360,3 @@ def add_login(app: FastAPI, doors: Doors) -> None:
         return answer
 
     app.include_router(router)
-
-
-def parse_form(body: bytes) -> dict[str, str]:
-    """The fields of a form, the first of a name winning; none when it is no form."""
-    try:
-        fields = parse_qs(body.decode("utf-8"), keep_blank_values=True, max_num_fields=8)
-    except ValueError:
-        return {}
-    return {name: values[0][: MAX_PASSWORD + 1] for name, values in fields.items()}
-
-
-def page_url(job: str) -> str:
-    """The page, with the job that was asked for; relative, as the app may live under a prefix."""
-    return f"./?job={job}" if JOB_ID.fullmatch(job) else "./"
-
-
-def login_page(
-    job: str, problem: str = "", status: int = 200, headers: dict[str, str] | None = None
-) -> HTMLResponse:
-    """The form, with what went wrong."""
-    text = LOGIN_PAGE.substitute(
-        job=html.escape(job if JOB_ID.fullmatch(job) else ""),
-        problem=html.escape(problem),
-        hidden="" if problem else "hidden",
-    )
-    return HTMLResponse(text, status, {"cache-control": "no-store"} | (headers or {}))
