@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,6 +228,72 @@ def test_a_login_lasts_until_password_or_account_change(tmp_path: Path, auth_fil
     assert door.caller(coming(cookie=cookie)) == Caller("ann")
     auth_file.write_text("# nobody\n")
     assert door.caller(coming(cookie=cookie)) is None
+
+
+async def test_a_logout_ends_one_login_wherever_its_cookie_was_copied(
+    tmp_path: Path, auth_file: Path
+) -> None:
+    settings = settings_in(tmp_path / "data", auth_file=auth_file)
+    door = Doors(settings, "ticket")
+    known = Accounts(auth_file)
+    ann, ada = known.find("ann"), known.find("ada")
+    assert ann is not None
+    assert ada is not None
+    here, there, other = (cookie_of(door, account) for account in (ann, ann, ada))
+    for _ in range(2):
+        await door.log_out(coming(cookie=here))
+    await door.log_out(coming(cookie=f"{door.login_cookie}=forged"))
+    await door.log_out(coming())
+    for asked in (door, Doors(settings, "after a restart")):
+        assert asked.caller(coming(cookie=here)) is None
+        assert asked.caller(coming(cookie=there)) == Caller("ann")
+        assert asked.caller(coming(cookie=other)) == Caller("ada", admin=True)
+        assert asked.caller(coming(cookie=cookie_of(asked, ann))) == Caller("ann")
+
+
+async def test_a_logout_counts_whatever_the_clock_says(
+    tmp_path: Path, auth_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    door = Doors(settings_in(tmp_path / "data", auth_file=auth_file), "ticket")
+    ann = Accounts(auth_file).find("ann")
+    assert ann is not None
+    cookie = cookie_of(door, ann)
+    now += 40 * 86400
+    await door.log_out(coming(cookie=cookie))
+    now -= 40 * 86400
+    assert door.caller(coming(cookie=cookie)) is None
+
+
+def test_a_login_is_as_old_as_the_clock_says_either_way(
+    tmp_path: Path, auth_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    door = Doors(settings_in(tmp_path / "data", auth_file=auth_file), "ticket")
+    ann = Accounts(auth_file).find("ann")
+    assert ann is not None
+    cookie = cookie_of(door, ann)
+    began = now
+    for days, known in ((0, True), (-29, True), (29, True), (-31, False), (31, False), (0, True)):
+        now = began + days * 86400
+        assert (door.caller(coming(cookie=cookie)) == Caller("ann")) is known, days
+
+
+def test_a_browser_keeps_its_name_whatever_the_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    door = Doors(settings_in(tmp_path / "data"), "ticket")
+    cookie = door.welcome(coming()).split(";")[0]
+    caller = door.caller(coming(cookie=cookie))
+    began = now
+    for days in (-3 / 86400, -5000, 5000, 0):
+        now = began + days * 86400
+        assert door.caller(coming(cookie=cookie)) == caller, days
+        cookie = door.welcome(coming(cookie=cookie)).split(";")[0]
 
 
 def test_no_other_cookie_logs_in(tmp_path: Path, auth_file: Path) -> None:
@@ -644,8 +711,11 @@ async def test_login_and_logout_in_a_browser(web: Web, auth_file: Path) -> None:
     assert (entered.status_code, entered.headers["location"]) == (303, f"./?job={job}")
     assert "HttpOnly" in entered.headers["set-cookie"]
     assert (await client.get("/")).status_code == 200
+    copied = dict(client.cookies)
     left = await client.post("/logout")
     assert (left.status_code, left.headers["location"]) == (303, "login")
+    assert (await client.get("/")).status_code == 303
+    client.cookies.update(copied)
     assert (await client.get("/")).status_code == 303
     malformed = {"content-type": "multipart/form-data; boundary=x"} | html
     refused = await client.post("/login", content=b"--y", headers=malformed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -20,6 +21,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mochi_app.accounts import ANONYMOUS, MACHINE, Account, Accounts, Caller
 from mochi_app.jobs import JOB_ID, shown
+from mochi_app.logins import EndedLogins
 from mochi_app.settings import Settings, SettingsError
 from mochi_app.tickets import ENDPOINT, SECRET_HEADER
 from mochi_app.web.forms import LoginRefused, login_page, page_url, read_form
 from mochi_app.web.guards import refusal
+from mochi_app.web.stay import while_let_in
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +147,15 @@ def address_of(request: HTTPConnection) -> str:
     return host
 
 
+@dataclass(frozen=True, slots=True)
+class Login:
+    """A login that was not ended; `since` is in seconds since 1970."""
+
+    account: Account
+    id: str
+    since: float
+
+
 class Doors:
     """Tells who comes. `closed` with an accounts file: then whoever is nobody known stays outside.
 
@@ -163,6 +176,7 @@ class Doors:
         self.visitor_cookie = f"mochi-visitor-{mark}"
         self._logins = serializer(key, "login")
         self._visitors = serializer(key, "visitor")
+        self._ended = EndedLogins(settings.data_dir)
         self._throttle = Throttle()
         self._checks = asyncio.Semaphore(CHECKS_AT_ONCE)
         self._waiting = 0
@@ -185,17 +199,31 @@ class Doors:
         return Caller(self._visitor(connection) or "")
 
     def _logged_in(self, accounts: Accounts, connection: HTTPConnection) -> Caller | None:
-        match signed(self._logins, connection.cookies.get(self.login_cookie), LOGIN_SECONDS):
-            case [str(name), str(mark)]:
+        login = self._login(accounts, connection)
+        # By a clock that was set back a login is of the future. It is ours all the same.
+        if login is None or abs(time.time() - login.since) > LOGIN_SECONDS:
+            return None
+        return Caller(login.account.name, login.account.admin)
+
+    def _login(self, accounts: Accounts, connection: HTTPConnection) -> Login | None:
+        """The login of the request's cookie, however old, unless it was ended: by a logout, or with
+        its account or password."""
+        match signed(self._logins, connection.cookies.get(self.login_cookie)):
+            case [str(name), str(mark), int(series), str(login)], float(since):
                 account = accounts.find(name)
-                if account is not None and same(mark, account.password.mark.encode()):
-                    return Caller(name, account.admin)
+                if account is None or not same(mark, account.password.mark.encode()):
+                    return None
+                if not self._ended.has(name, series, login):
+                    return Login(account, login, since)
         return None
 
     def _visitor(self, connection: HTTPConnection) -> str | None:
-        cookie = connection.cookies.get(self.visitor_cookie)
-        name = signed(self._visitors, cookie, VISITOR_SECONDS)
-        return name if isinstance(name, str) and name.startswith(ANONYMOUS) else None
+        """The name in the cookie, however old: it gives access to nothing but one's own jobs, and a
+        browser that loses it loses these."""
+        match signed(self._visitors, connection.cookies.get(self.visitor_cookie)):
+            case str(name), _ if name.startswith(ANONYMOUS):
+                return name
+        return None
 
     def welcome(self, connection: HTTPConnection) -> str:
         """The cookie line that makes a browser known, or known for longer, as one visitor."""
@@ -233,8 +261,17 @@ class Doors:
 
     def remember(self, response: Response, connection: HTTPConnection, account: Account) -> None:
         """Put the cookie of a login into the response."""
-        value = self._logins.dumps([account.name, account.password.mark])
+        name, login = account.name, secrets.token_urlsafe(12)
+        value = self._logins.dumps([name, account.password.mark, self._ended.series(name), login])
         self.set_cookie(response, connection, self.login_cookie, value, LOGIN_SECONDS)
+
+    async def log_out(self, connection: HTTPConnection) -> None:
+        """End the login that the request came with, wherever its cookie was copied to."""
+        login = self._login(self._accounts, connection) if self._accounts is not None else None
+        if login is not None:
+            name = login.account.name
+            await self._ended.add(name, login.id, login.since + LOGIN_SECONDS)
+            log.info("%s logged out", name)
 
     def set_cookie(
         self, response: Response, connection: HTTPConnection, name: str, value: str, seconds: int
@@ -269,14 +306,15 @@ def serializer(key: bytes, purpose: str) -> URLSafeTimedSerializer:
     )
 
 
-def signed(serializer: URLSafeTimedSerializer, cookie: str | None, seconds: int) -> Any:
-    """What was signed; None for anything that was not, or too long ago."""
+def signed(serializer: URLSafeTimedSerializer, cookie: str | None) -> tuple[Any, float] | None:
+    """What was signed, and when (seconds since 1970); None for anything that was not."""
     if not cookie or len(cookie) > MAX_COOKIE or not cookie.isascii():
         return None
     try:
-        return serializer.loads(cookie, max_age=seconds)
+        value, when = serializer.loads(cookie, return_timestamp=True)
     except BadData:
         return None
+    return value, when.timestamp()
 
 
 class Guard:
@@ -295,10 +333,19 @@ class Guard:
         path, method = scope["path"], scope.get("method")
         if caller is None and path not in OPEN_PATHS:
             await self._refuse(scope, receive, send)
+        elif caller is not None and method == "GET" and self._doors.closed:
+            let_in = functools.partial(self._let_in, connection, caller.name)
+            if not await while_let_in(let_in, self.app, scope, receive, send):
+                await self._refuse(scope, receive, send)
         elif path == "/" and method == "GET" and not self._doors.closed:
             await self.app(scope, receive, self._welcoming(connection, send))
         else:
             await self.app(scope, receive, send)
+
+    def _let_in(self, connection: HTTPConnection, name: str) -> bool:
+        """Whether who came by that name would still come in."""
+        caller = self._doors.caller(connection)
+        return caller is not None and caller.name == name
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -353,8 +400,9 @@ def add_login(app: FastAPI, doors: Doors) -> None:
             return JSONResponse({"detail": str(refused)}, refused.status, retry)
 
     @router.api_route("/logout", methods=["GET", "POST"])
-    async def log_out() -> Response:
-        """Forget the login."""
+    async def log_out(request: Request) -> Response:
+        """End the login, and let the browser forget it."""
+        await doors.log_out(request)
         answer = RedirectResponse("login" if doors.closed else "./", 303)
         answer.delete_cookie(doors.login_cookie, httponly=True, samesite="lax")
         return answer
