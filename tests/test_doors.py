@@ -753,6 +753,9 @@ async def test_the_first_run_asks_for_nothing(web: Web) -> None:
         assert nobodys["owner"] == ""
         answer = await script.post("/login", data={"username": "a", "password": "b"})
         assert answer.json() == {"success": True}  # Client(url, auth=…) works here, too
+        parts = {"username": (None, "a"), "password": (None, "b")}
+        answer = await script.post("/login", files=parts)
+        assert (answer.status_code, answer.json()) == (200, {"success": True})
     assert (await call(running.client, "cancel_job", job_id=nobodys["id"]))["owner"] == ""
     assert (await call(running.client, "cancel_job", job_id=mine["id"]))["id"] == mine["id"]
 
