@@ -19,7 +19,8 @@ async function main() {
     if (item.url) video = item;
     else streamed.push([item.status, item.step]);
   }
-  const file = await client.fetch(video.url, known.token && { headers: { Authorization: `Bearer ${password}` } });
+  const headers = known.token ? { Authorization: `Bearer ${password}` } : {};
+  const file = await client.fetch(video.url, { headers });
   const bytes = new Uint8Array(await file.arrayBuffer());
   const stranger = await fetch(video.url);
   client.close();
