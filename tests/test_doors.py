@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,6 +230,72 @@ def test_a_login_lasts_until_password_or_account_change(tmp_path: Path, auth_fil
     assert door.caller(coming(cookie=cookie)) is None
 
 
+async def test_a_logout_ends_one_login_wherever_its_cookie_was_copied(
+    tmp_path: Path, auth_file: Path
+) -> None:
+    settings = settings_in(tmp_path / "data", auth_file=auth_file)
+    door = Doors(settings, "ticket")
+    known = Accounts(auth_file)
+    ann, ada = known.find("ann"), known.find("ada")
+    assert ann is not None
+    assert ada is not None
+    here, there, other = (cookie_of(door, account) for account in (ann, ann, ada))
+    for _ in range(2):
+        await door.log_out(coming(cookie=here))
+    await door.log_out(coming(cookie=f"{door.login_cookie}=forged"))
+    await door.log_out(coming())
+    for asked in (door, Doors(settings, "after a restart")):
+        assert asked.caller(coming(cookie=here)) is None
+        assert asked.caller(coming(cookie=there)) == Caller("ann")
+        assert asked.caller(coming(cookie=other)) == Caller("ada", admin=True)
+        assert asked.caller(coming(cookie=cookie_of(asked, ann))) == Caller("ann")
+
+
+async def test_a_logout_counts_whatever_the_clock_says(
+    tmp_path: Path, auth_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    door = Doors(settings_in(tmp_path / "data", auth_file=auth_file), "ticket")
+    ann = Accounts(auth_file).find("ann")
+    assert ann is not None
+    cookie = cookie_of(door, ann)
+    now += 40 * 86400
+    await door.log_out(coming(cookie=cookie))
+    now -= 40 * 86400
+    assert door.caller(coming(cookie=cookie)) is None
+
+
+def test_a_login_is_as_old_as_the_clock_says_either_way(
+    tmp_path: Path, auth_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    door = Doors(settings_in(tmp_path / "data", auth_file=auth_file), "ticket")
+    ann = Accounts(auth_file).find("ann")
+    assert ann is not None
+    cookie = cookie_of(door, ann)
+    began = now
+    for days, known in ((0, True), (-29, True), (29, True), (-31, False), (31, False), (0, True)):
+        now = began + days * 86400
+        assert (door.caller(coming(cookie=cookie)) == Caller("ann")) is known, days
+
+
+def test_a_browser_keeps_its_name_whatever_the_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    door = Doors(settings_in(tmp_path / "data"), "ticket")
+    cookie = door.welcome(coming()).split(";")[0]
+    caller = door.caller(coming(cookie=cookie))
+    began = now
+    for days in (-3 / 86400, -5000, 5000, 0):
+        now = began + days * 86400
+        assert door.caller(coming(cookie=cookie)) == caller, days
+        cookie = door.welcome(coming(cookie=cookie)).split(";")[0]
+
+
 def test_no_other_cookie_logs_in(tmp_path: Path, auth_file: Path) -> None:
     door = Doors(settings_in(tmp_path / "data", auth_file=auth_file), "ticket")
     other = Doors(settings_in(tmp_path / "other", auth_file=auth_file), "ticket")
@@ -267,7 +334,17 @@ def test_the_token_is_an_admins_and_the_secret_a_tickets_only(
     settings = settings_in(tmp_path / "data", auth_file=auth_file, api_token=TOKEN)
     door = Doors(settings, "ticket")
     assert door.caller(coming(**BEARER)) == Caller("api", admin=True)
-    for wrong in (f"Bearer {TOKEN}x", f"bearer {TOKEN}", f"Basic {TOKEN}", "Bearer ", "é"):
+    for right in (f"bearer {TOKEN}", f"BEARER  {TOKEN}", f"bEaReR \t{TOKEN}  "):
+        assert door.caller(coming(authorization=right)) == Caller("api", admin=True), right
+    for wrong in (
+        f"Bearer {TOKEN}x",
+        f"Basic {TOKEN}",
+        f"Bearer{TOKEN}",
+        TOKEN,
+        "Bearer ",
+        "",
+        "é",
+    ):
         assert door.caller(coming(authorization=wrong)) is None
     turn = "/gradio_api/call/engine_turn"
     for path in (turn, f"{turn}/event"):
@@ -363,6 +440,7 @@ FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
         (b'{"path": "/etc/passwd", "meta": {}}', "application/json", 200),
         (b"\xff\xfe", "application/json", 200),  # its route's to refuse
         (b"--x--", "Multipart/Form-Data; boundary=x", 415),
+        (b"--x--", " multipart/mixed;boundary=x", 415),
     ],
 )
 @pytest.mark.parametrize("chunked", [False, True])
@@ -379,6 +457,23 @@ async def test_what_no_caller_needs_to_send_is_refused(
     assert answer.status_code == status
     if status == 200:
         assert answer.content == body
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "status"),
+    [
+        ("/login", "multipart/form-data; boundary=x", 200),
+        ("/login", "Multipart/FORM-data;boundary=x", 200),
+        ("/login", "multipart/mixed; boundary=x", 415),
+        ("/login/", "multipart/form-data; boundary=x", 415),
+        ("/logout", "multipart/form-data; boundary=x", 415),
+        ("/gradio_api/upload", "multipart/form-data; boundary=x", 415),
+    ],
+)
+async def test_only_the_login_takes_multipart(path: str, kind: str, status: int) -> None:
+    async with asking(guards.BoundedBody(echo)) as client:
+        answer = await client.post(path, content=b"--x--", headers={"content-type": kind})
+    assert answer.status_code == status
 
 
 async def test_a_long_body_is_not_read_to_its_end() -> None:
@@ -616,9 +711,15 @@ async def test_login_and_logout_in_a_browser(web: Web, auth_file: Path) -> None:
     assert (entered.status_code, entered.headers["location"]) == (303, f"./?job={job}")
     assert "HttpOnly" in entered.headers["set-cookie"]
     assert (await client.get("/")).status_code == 200
+    copied = dict(client.cookies)
     left = await client.post("/logout")
     assert (left.status_code, left.headers["location"]) == (303, "login")
     assert (await client.get("/")).status_code == 303
+    client.cookies.update(copied)
+    assert (await client.get("/")).status_code == 303
+    malformed = {"content-type": "multipart/form-data; boundary=x"} | html
+    refused = await client.post("/login", content=b"--y", headers=malformed)
+    assert (refused.status_code, "cannot be read as multipart" in refused.text) == (400, True)
 
 
 async def test_guessing_is_slowed_down_and_long_names_are_no_trouble(
@@ -652,6 +753,9 @@ async def test_the_first_run_asks_for_nothing(web: Web) -> None:
         assert nobodys["owner"] == ""
         answer = await script.post("/login", data={"username": "a", "password": "b"})
         assert answer.json() == {"success": True}  # Client(url, auth=…) works here, too
+        parts = {"username": (None, "a"), "password": (None, "b")}
+        answer = await script.post("/login", files=parts)
+        assert (answer.status_code, answer.json()) == (200, {"success": True})
     assert (await call(running.client, "cancel_job", job_id=nobodys["id"]))["owner"] == ""
     assert (await call(running.client, "cancel_job", job_id=mine["id"]))["id"] == mine["id"]
 

@@ -20,7 +20,7 @@ from mochi_app.engine import messages
 from mochi_app.jobs import GenerationRequest, RequestError
 from mochi_app.media import parse_ffmetadata
 from mochi_app.settings import ModelDefaults, load_settings
-from mochi_app.web import doors, guards
+from mochi_app.web import doors, forms, guards
 from tests.serving import Served
 
 TOKEN = "the token of the fuzzing machine"
@@ -194,7 +194,7 @@ def test_no_header_comes_in_or_raises(
 @quick
 @given(body=st.binary())
 def test_any_body_is_a_form_or_none(body: bytes) -> None:
-    assert all(len(text) <= accounts.MAX_PASSWORD + 1 for text in doors.parse_form(body).values())
+    assert all(len(text) <= accounts.MAX_PASSWORD + 1 for text in forms.parse_form(body).values())
 
 
 @quick

@@ -10,34 +10,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import hmac
-import html
 import ipaddress
 import logging
 import os
 import re
 import secrets
-import string
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
 
 from fastapi import APIRouter, FastAPI, Request
 from itsdangerous import BadData, URLSafeTimedSerializer
 from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mochi_app.accounts import ANONYMOUS, MACHINE, MAX_PASSWORD, Account, Accounts, Caller
+from mochi_app.accounts import ANONYMOUS, MACHINE, Account, Accounts, Caller
 from mochi_app.jobs import JOB_ID, shown
+from mochi_app.logins import EndedLogins
 from mochi_app.settings import Settings, SettingsError
 from mochi_app.tickets import ENDPOINT, SECRET_HEADER
+from mochi_app.web.forms import LoginRefused, login_page, page_url, read_form
 from mochi_app.web.guards import refusal
+from mochi_app.web.stay import while_let_in
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,6 @@ MAX_COOKIE = 1024  # characters
 SCOPE_KEY = "mochi.caller"
 OPEN_PATHS = frozenset({"/livez", "/healthz", "/login", "/logout", "/favicon.ico", "/robots.txt"})
 TICKET_PATH = re.compile(rf"/gradio_api/call/{ENDPOINT}(/[^/]+)?")
-LOGIN_PAGE = string.Template((Path(__file__).parent / "login.html").read_text(encoding="utf-8"))
 
 
 def caller_of(request: Any) -> Caller:
@@ -146,13 +147,13 @@ def address_of(request: HTTPConnection) -> str:
     return host
 
 
-class LoginRefused(Exception):
-    """Nobody is logged in, with this HTTP status; `retry` is in seconds."""
+@dataclass(frozen=True, slots=True)
+class Login:
+    """A login that was not ended; `since` is in seconds since 1970."""
 
-    def __init__(self, status: int, told: str, retry: float = 0.0) -> None:
-        super().__init__(told)
-        self.status = status
-        self.retry = retry
+    account: Account
+    id: str
+    since: float
 
 
 class Doors:
@@ -166,7 +167,7 @@ class Doors:
     def __init__(self, settings: Settings, ticket_secret: str) -> None:
         token = settings.api_token
         self._accounts = Accounts(settings.auth_file) if settings.auth_file else None
-        self._bearer = f"Bearer {token.get_secret_value()}".encode() if token else None
+        self._token = token.get_secret_value().strip().encode() if token else None
         self._ticket_secret = ticket_secret.encode()
         key = load_key(settings.data_dir)
         # Servers on one host share their cookies: each has its own names.
@@ -175,6 +176,7 @@ class Doors:
         self.visitor_cookie = f"mochi-visitor-{mark}"
         self._logins = serializer(key, "login")
         self._visitors = serializer(key, "visitor")
+        self._ended = EndedLogins(settings.data_dir)
         self._throttle = Throttle()
         self._checks = asyncio.Semaphore(CHECKS_AT_ONCE)
         self._waiting = 0
@@ -190,24 +192,38 @@ class Doors:
         for_ticket = TICKET_PATH.fullmatch(connection.scope["path"])
         if for_ticket and same(headers.get(SECRET_HEADER), self._ticket_secret):
             return Caller()
-        if self._bearer is not None and same(headers.get("authorization"), self._bearer):
+        if self._token is not None and same(bearer(headers.get("authorization")), self._token):
             return Caller(MACHINE, admin=True)
         if self._accounts is not None:
             return self._logged_in(self._accounts, connection)
         return Caller(self._visitor(connection) or "")
 
     def _logged_in(self, accounts: Accounts, connection: HTTPConnection) -> Caller | None:
-        match signed(self._logins, connection.cookies.get(self.login_cookie), LOGIN_SECONDS):
-            case [str(name), str(mark)]:
+        login = self._login(accounts, connection)
+        # By a clock that was set back a login is of the future. It is ours all the same.
+        if login is None or abs(time.time() - login.since) > LOGIN_SECONDS:
+            return None
+        return Caller(login.account.name, login.account.admin)
+
+    def _login(self, accounts: Accounts, connection: HTTPConnection) -> Login | None:
+        """The login of the request's cookie, however old, unless it was ended: by a logout, or with
+        its account or password."""
+        match signed(self._logins, connection.cookies.get(self.login_cookie)):
+            case [str(name), str(mark), int(series), str(login)], float(since):
                 account = accounts.find(name)
-                if account is not None and same(mark, account.password.mark.encode()):
-                    return Caller(name, account.admin)
+                if account is None or not same(mark, account.password.mark.encode()):
+                    return None
+                if not self._ended.has(name, series, login):
+                    return Login(account, login, since)
         return None
 
     def _visitor(self, connection: HTTPConnection) -> str | None:
-        cookie = connection.cookies.get(self.visitor_cookie)
-        name = signed(self._visitors, cookie, VISITOR_SECONDS)
-        return name if isinstance(name, str) and name.startswith(ANONYMOUS) else None
+        """The name in the cookie, however old: it gives access to nothing but one's own jobs, and a
+        browser that loses it loses these."""
+        match signed(self._visitors, connection.cookies.get(self.visitor_cookie)):
+            case str(name), _ if name.startswith(ANONYMOUS):
+                return name
+        return None
 
     def welcome(self, connection: HTTPConnection) -> str:
         """The cookie line that makes a browser known, or known for longer, as one visitor."""
@@ -245,8 +261,17 @@ class Doors:
 
     def remember(self, response: Response, connection: HTTPConnection, account: Account) -> None:
         """Put the cookie of a login into the response."""
-        value = self._logins.dumps([account.name, account.password.mark])
+        name, login = account.name, secrets.token_urlsafe(12)
+        value = self._logins.dumps([name, account.password.mark, self._ended.series(name), login])
         self.set_cookie(response, connection, self.login_cookie, value, LOGIN_SECONDS)
+
+    async def log_out(self, connection: HTTPConnection) -> None:
+        """End the login that the request came with, wherever its cookie was copied to."""
+        login = self._login(self._accounts, connection) if self._accounts is not None else None
+        if login is not None:
+            name = login.account.name
+            await self._ended.add(name, login.id, login.since + LOGIN_SECONDS)
+            log.info("%s logged out", name)
 
     def set_cookie(
         self, response: Response, connection: HTTPConnection, name: str, value: str, seconds: int
@@ -264,6 +289,14 @@ def same(given: str | None, secret: bytes) -> bool:
     return given is not None and hmac.compare_digest(given.encode("utf-8", "replace"), secret)
 
 
+def bearer(header: str | None) -> str | None:
+    """The token of an Authorization header of that scheme, in whatever case (RFC 9110, 11.1)."""
+    match (header or "").split(maxsplit=1):
+        case [scheme, token] if scheme.lower() == "bearer":
+            return token.strip()
+    return None
+
+
 def serializer(key: bytes, purpose: str) -> URLSafeTimedSerializer:
     """Signs small JSON values with the time; a value signed for one purpose is no other's."""
     return URLSafeTimedSerializer(
@@ -273,14 +306,15 @@ def serializer(key: bytes, purpose: str) -> URLSafeTimedSerializer:
     )
 
 
-def signed(serializer: URLSafeTimedSerializer, cookie: str | None, seconds: int) -> Any:
-    """What was signed; None for anything that was not, or too long ago."""
+def signed(serializer: URLSafeTimedSerializer, cookie: str | None) -> tuple[Any, float] | None:
+    """What was signed, and when (seconds since 1970); None for anything that was not."""
     if not cookie or len(cookie) > MAX_COOKIE or not cookie.isascii():
         return None
     try:
-        return serializer.loads(cookie, max_age=seconds)
+        value, when = serializer.loads(cookie, return_timestamp=True)
     except BadData:
         return None
+    return value, when.timestamp()
 
 
 class Guard:
@@ -299,10 +333,19 @@ class Guard:
         path, method = scope["path"], scope.get("method")
         if caller is None and path not in OPEN_PATHS:
             await self._refuse(scope, receive, send)
+        elif caller is not None and method == "GET" and self._doors.closed:
+            let_in = functools.partial(self._let_in, connection, caller.name)
+            if not await while_let_in(let_in, self.app, scope, receive, send):
+                await self._refuse(scope, receive, send)
         elif path == "/" and method == "GET" and not self._doors.closed:
             await self.app(scope, receive, self._welcoming(connection, send))
         else:
             await self.app(scope, receive, send)
+
+    def _let_in(self, connection: HTTPConnection, name: str) -> bool:
+        """Whether who came by that name would still come in."""
+        caller = self._doors.caller(connection)
+        return caller is not None and caller.name == name
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -339,8 +382,9 @@ def add_login(app: FastAPI, doors: Doors) -> None:
     async def log_in(request: Request) -> Response:
         """Check name and password; a browser gets the page, a program `{"success": true}`."""
         browser = "text/html" in request.headers.get("accept", "")
+        job = ""
         try:
-            form = parse_form(await request.body())
+            form = await read_form(request)
             job = form.get("job", "")
             answer: Response = JSONResponse({"success": True})
             if browser:
@@ -356,36 +400,11 @@ def add_login(app: FastAPI, doors: Doors) -> None:
             return JSONResponse({"detail": str(refused)}, refused.status, retry)
 
     @router.api_route("/logout", methods=["GET", "POST"])
-    async def log_out() -> Response:
-        """Forget the login."""
+    async def log_out(request: Request) -> Response:
+        """End the login, and let the browser forget it."""
+        await doors.log_out(request)
         answer = RedirectResponse("login" if doors.closed else "./", 303)
         answer.delete_cookie(doors.login_cookie, httponly=True, samesite="lax")
         return answer
 
     app.include_router(router)
-
-
-def parse_form(body: bytes) -> dict[str, str]:
-    """The fields of a form, the first of a name winning; none when it is no form."""
-    try:
-        fields = parse_qs(body.decode("utf-8"), keep_blank_values=True, max_num_fields=8)
-    except ValueError:
-        return {}
-    return {name: values[0][: MAX_PASSWORD + 1] for name, values in fields.items()}
-
-
-def page_url(job: str) -> str:
-    """The page, with the job that was asked for; relative, as the app may live under a prefix."""
-    return f"./?job={job}" if JOB_ID.fullmatch(job) else "./"
-
-
-def login_page(
-    job: str, problem: str = "", status: int = 200, headers: dict[str, str] | None = None
-) -> HTMLResponse:
-    """The form, with what went wrong."""
-    text = LOGIN_PAGE.substitute(
-        job=html.escape(job if JOB_ID.fullmatch(job) else ""),
-        problem=html.escape(problem),
-        hidden="" if problem else "hidden",
-    )
-    return HTMLResponse(text, status, {"cache-control": "no-store"} | (headers or {}))

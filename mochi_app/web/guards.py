@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 256 << 10
+MULTIPART_FORM = "multipart/form-data"
 BODY_SECONDS = 30.0  # in which a request's body must have come
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -125,7 +126,8 @@ def place(url: str) -> tuple[str, int] | None:
 
 class BoundedBody:
     """Reads a request's body whole, so far as it may be, and refuses what no caller needs to send:
-    more than `MAX_BODY_BYTES`, files, and references to files."""
+    more than `MAX_BODY_BYTES`, files, and references to files. Multipart, which files come in, is
+    left to the login: Gradio's JavaScript client sends name and password so."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -135,7 +137,9 @@ class BoundedBody:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        if headers.get("content-type", "").lower().startswith("multipart/"):
+        kind = media_type(headers)
+        login = kind == MULTIPART_FORM and scope["path"] == "/login"
+        if kind.startswith("multipart/") and not login:
             await refusal(415, "nothing is uploaded here: send JSON")(scope, receive, send)
             return
         try:
@@ -145,6 +149,11 @@ class BoundedBody:
             await refusal(bad.status, str(bad), connection="close")(scope, receive, send)
             return
         await self.app(scope, replaying(body, receive), send)
+
+
+def media_type(headers: Headers) -> str:
+    """The content type in lower case, without its parameters."""
+    return headers.get("content-type", "").split(";")[0].strip().lower()
 
 
 class BadBody(Exception):

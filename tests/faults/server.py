@@ -4,6 +4,7 @@ FAULTS_QUEUE names a file that harms Gradio's queue while it is there. It says h
 the queue's loop whenever it takes an event, "drop" loses one ticket, and the file is removed.
 FAULTS_VIDEO names a file that, while it is there, ends the server (SIGKILL) when a video is in
 place and its record does not say so yet.
+FAULTS_CLOCK names a file with the seconds by which the server's clock is wrong, if it is there.
 FAULTS_FILES is how many files the server may have open, a quarter of it at first, and
 FAULTS_PATIENCE how many seconds it waits for a request.
 """
@@ -12,6 +13,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,19 @@ def harm_videos(flag: Path) -> None:
     MediaStore.finalise = harmed  # type: ignore[method-assign]
 
 
+def harm_clock(step: Path) -> None:
+    """Set the wall clock, as whoever asks for `time.time()` sees it, off by what `step` says."""
+    right = time.time
+
+    def harmed() -> float:
+        return right() + (float(step.read_text()) if step.exists() else 0.0)
+
+    time.time = harmed
+
+
 if __name__ == "__main__":
+    if path := os.environ.get("FAULTS_CLOCK"):
+        harm_clock(Path(path))
     if path := os.environ.get("FAULTS_VIDEO"):
         harm_videos(Path(path))
     if path := os.environ.get("FAULTS_QUEUE"):
