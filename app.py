@@ -47,6 +47,7 @@ from mochi_app.web.guards import (
 from mochi_app.web.limits import StreamLimits
 from mochi_app.web.queue import use_studio_queue
 from mochi_app.web.routes import add_routes, explain_bad_calls
+from mochi_app.web.template import use_own_address
 
 log = logging.getLogger("mochi_app")
 
@@ -63,6 +64,7 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
     """
     doors = Doors(studio.settings, ticket_secret)
     gr.set_static_paths([studio.media.videos])
+    use_own_address()
     with gr.Blocks(title="Mochi", analytics_enabled=False) as demo:
         ui.build(studio)
         Api(studio, ticket_secret).mount()
