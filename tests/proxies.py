@@ -73,6 +73,19 @@ server {{
 }}
 """
 
+# Many proxies leave the path as it is.
+PASSES_PREFIX = """
+server {{
+    listen 127.0.0.1:{port};
+
+    location {prefix} {{
+        proxy_pass http://127.0.0.1:{app_port};
+        proxy_buffering off;
+        proxy_set_header Host $http_host;
+    }}
+}}
+"""
+
 
 def needs(program: str) -> pytest.MarkDecorator:
     """Skip where a program is not installed; never in CI, which installs it."""

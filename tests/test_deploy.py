@@ -159,6 +159,18 @@ def test_caddy_as_deployed(
 
 @pytest.mark.slow
 @needs(NGINX)
+def test_nginx_that_passes_the_prefix_on(
+    browser: Browser, studio: Studio, tmp_path: Path, ending: ExitStack
+) -> None:
+    port = free_port()
+    app_port = studio(PREFIX).port
+    server = proxies.PASSES_PREFIX.format(port=port, prefix=PREFIX, app_port=app_port)
+    ending.callback(proxies.nginx(tmp_path, server, port).end)
+    makes_a_video(browser, f"http://gpubox:{port}{PREFIX}/")
+
+
+@pytest.mark.slow
+@needs(NGINX)
 def test_a_page_whose_calls_are_refused_says_so(
     browser: Browser, studio: Studio, tmp_path: Path, ending: ExitStack
 ) -> None:

@@ -26,6 +26,7 @@ from starlette.types import Receive, Scope, Send
 from mochi_app.jobs import JOB_ID, JobStatus, NotFound, RequestError
 from mochi_app.studio import Studio
 from mochi_app.web.doors import address_of, is_stranger
+from mochi_app.web.hosts import UNSERVED
 
 log = logging.getLogger(__name__)
 
@@ -133,9 +134,10 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
     @router.get("/healthz")
     async def healthz(request: Request) -> JSONResponse:
         """200 when a video could be made now, else 503 with the reasons. Who has not logged in
-        where one has to gets no more of the slots than their state."""
+        where one has to, or asks under a host that is not served, gets no more of the slots than
+        their state."""
         health = studio.health()
-        if is_stranger(request):
+        if is_stranger(request) or UNSERVED in request.scope:
             health["slots"] = [{name: slot[name] for name in OPENLY} for slot in health["slots"]]
         return JSONResponse(health, status_code=200 if health["ok"] else 503)
 
