@@ -41,11 +41,11 @@ GRADIO_ASSETS = re.compile(  # the same for everybody: Gradio's published code, 
     r"/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/pwa_icon(/\d{1,4})?"
     r"|/(static|assets|svelte)/.+|/gradio_api/theme\.css"
 )
-GRADIO_READS = re.compile(
+GRADIO_PLAIN_READS = re.compile(
     rf"{GRADIO_ASSETS.pattern}|/|/config/?"
-    r"|/gradio_api/(info/?|openapi\.json|startup-events|app_id/?|user/?|login_check/?"
-    r"|queue/(data|status)|heartbeat/[^/]+|call/(v2/)?[^/]+/[^/]+)"
+    r"|/gradio_api/(info/?|openapi\.json|startup-events|app_id/?|user/?|login_check/?|queue/status)"
 )
+GRADIO_STREAMS = re.compile(r"/gradio_api/(queue/data|heartbeat/[^/]+|call/(v2/)?[^/]+/[^/]+)")
 GRADIO_WRITES = re.compile(
     r"/gradio_api/(queue/join|cancel|reset/?|component_server/?|(run|api)/[^/]+/?"
     r"|call/(v2/)?[^/]+/?)"
@@ -265,7 +265,9 @@ def replaying(body: bytes, receive: Receive) -> Receive:
 
 
 class OnlyWhatIsNeeded:
-    """Around Gradio's app: routes that page and clients do not need are not there."""
+    """Around Gradio's app: routes that page and clients do not need are not there, and HEAD, which
+    Gradio's routes do not take, is GET; the server leaves the body out. A stream is not opened for
+    it: that would take its answer from whoever waits for it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -275,6 +277,8 @@ class OnlyWhatIsNeeded:
             await send({"type": "websocket.close", "code": 1008})
         elif scope["type"] == "http" and not needed(scope["method"], scope["path"]):
             await refusal(404, "there is nothing here")(scope, receive, send)
+        elif scope.get("method") == "HEAD" and GRADIO_PLAIN_READS.fullmatch(scope["path"]):
+            await self.app({**scope, "method": "GET"}, receive, send)
         else:
             await self.app(scope, receive, send)
 
@@ -305,5 +309,5 @@ class WholeStreams:
 def needed(method: str, path: str) -> bool:
     """Whether page or clients need this of Gradio."""
     if method in ("GET", "HEAD"):
-        return GRADIO_READS.fullmatch(path) is not None
+        return any(reads.fullmatch(path) for reads in (GRADIO_PLAIN_READS, GRADIO_STREAMS))
     return method == "POST" and GRADIO_WRITES.fullmatch(path) is not None
