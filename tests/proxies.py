@@ -64,7 +64,9 @@ server {{
 # Without a word of headers, nginx passes the app's own address on as Host.
 NO_HEADERS = """
 server {{
-    listen 127.0.0.1:{port};
+    listen 127.0.0.1:{port} {ssl};
+    ssl_certificate {certificate};
+    ssl_certificate_key {certificate};
 
     location / {{
         proxy_pass http://127.0.0.1:{app_port};

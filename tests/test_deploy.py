@@ -8,9 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from gradio_client import Client
 from playwright import sync_api
 from playwright.sync_api import Browser, expect
 
+from mochi_app import accounts
 from mochi_app.settings import PROJECT_DIR
 from tests import proxies
 from tests.proxies import CADDY, NGINX, PREFIX, needs
@@ -171,11 +173,66 @@ def test_nginx_that_passes_the_prefix_on(
 
 @pytest.mark.slow
 @needs(NGINX)
-def test_a_page_whose_calls_are_refused_says_so(
-    browser: Browser, studio: Studio, tmp_path: Path, ending: ExitStack
+def test_gradios_client_comes_through_nginx_as_gradios_guide_has_it(
+    studio: Studio, tmp_path: Path, ending: ExitStack
+) -> None:
+    port, served = free_port(), studio(PREFIX)
+    server = proxies.GRADIOS_GUIDE.format(port=port, prefix=PREFIX, app_port=served.port)
+    ending.callback(proxies.nginx(tmp_path, server, port).end)
+    client = Client(f"http://127.0.0.1:{port}{PREFIX}/", verbose=False)
+    video = client.predict("through the proxy", num_inference_steps=2, api_name="/generate")
+    assert Path(video).read_bytes()[4:8] == b"ftyp"
+
+
+@pytest.mark.slow
+@needs(NGINX)
+def test_one_logs_in_through_nginx_as_gradios_guide_has_it(
+    browser: Browser, tmp_path: Path, ending: ExitStack
+) -> None:
+    people = tmp_path / "accounts"
+    accounts.add(people, "ann", "ann's password", admin=False)
+    program = ("-m", "tests.faults.server", "ok")
+    served = Served(tmp_path / "data", program=program, MOCHI_AUTH_FILE=str(people))
+    ending.callback(served.end)
+    port = free_port()
+    server = proxies.GRADIOS_GUIDE.format(port=port, prefix=PREFIX, app_port=served.start().port)
+    ending.callback(proxies.nginx(tmp_path / "nginx", server, port).end)
+    context = browser.new_context()
+    ending.callback(context.close)
+    page = context.new_page()
+    page.goto(f"http://gpubox:{port}{PREFIX}/")
+    page.fill("[name=username]", "ann")
+    page.fill("[name=password]", "ann's password")
+    page.click("button")
+    expect(page.locator(".m-who")).to_have_text("ann")
+    generate(page, "asked by ann")
+    playing(page, "Preview")
+    page.get_by_role("button", name="Log out").click()
+    expect(page.locator("[name=username]")).to_be_visible()
+
+
+@pytest.mark.slow
+@needs(NGINX)
+def test_over_https_a_page_works_whatever_host_the_proxy_passes(
+    browser: Browser, studio: Studio, tmp_path: Path, ending: ExitStack, certificate: Path
 ) -> None:
     port = free_port()
-    server = proxies.NO_HEADERS.format(port=port, app_port=studio("").port)
+    server = proxies.NO_HEADERS.format(
+        port=port, ssl="ssl", certificate=certificate, app_port=studio("").port
+    )
+    ending.callback(proxies.nginx(tmp_path, server, port).end)
+    makes_a_video(browser, f"https://gpubox:{port}/")
+
+
+@pytest.mark.slow
+@needs(NGINX)
+def test_a_page_whose_calls_are_refused_says_so(
+    browser: Browser, studio: Studio, tmp_path: Path, ending: ExitStack, certificate: Path
+) -> None:
+    port = free_port()
+    server = proxies.NO_HEADERS.format(
+        port=port, ssl="", certificate=certificate, app_port=studio("").port
+    )
     ending.callback(proxies.nginx(tmp_path, server, port).end)
     page = browser.new_page()
     ending.callback(page.close)

@@ -146,10 +146,10 @@ def told_of_origin(scope: Scope) -> str:
     """Why a page's call is refused, and what to do when the page is this server's own."""
     headers = Headers(scope=scope)
     return (
-        f"a page of {headers.get('origin', 'another site')} may not call this server, which was"
+        f"A page of {headers.get('origin', 'another site')} may not call this server, which was"
         f" asked as {headers.get('host', 'nothing')}. If it is this server's own page, the proxy"
         " in front must pass the Host header on (nginx: proxy_set_header Host $http_host), see"
-        " docs/operations.md. Other sites that may call are named in MOCHI_ALLOWED_ORIGINS"
+        " docs/operations.md. Other sites that may call are named in MOCHI_ALLOWED_ORIGINS."
     )
 
 

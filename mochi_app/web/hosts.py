@@ -133,7 +133,7 @@ class OwnHost:
         headers = Headers(scope=scope)
         own = headers.getlist("host")
         if len(own) != 1:
-            return f"expected one Host header, got {len(own)}"
+            return f"Expected one Host header, got {len(own)}."
         forwarded = ",".join(headers.getlist("x-forwarded-host") if self._trusts(scope) else ())
         for host in (own[0], *filter(None, map(str.strip, forwarded.split(",")))):
             if not await self._hosts.serve(host):
@@ -154,11 +154,11 @@ def told_of_host(host: str) -> str:
     """Why a host is not served, and what to do when it should be."""
     name = host_name(host)
     if name is None:
-        return f"expected a Host header that names a host, got {host!r}"
+        return f"Expected a Host header that names a host, got {host!r}."
     return (
-        f"this server has no login and does not know itself as {name}. If that is its name, start"
+        f"This server has no login and does not know itself as {name}. If that is its name, start"
         f" it with MOCHI_ALLOWED_HOSTS={name}, or with a login (MOCHI_AUTH_FILE): then any name"
-        " will do"
+        " will do."
     )
 
 
