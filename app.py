@@ -24,6 +24,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Mount
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from mochi_app.engine.pool import Pool
 from mochi_app.engine.slot import ENGINE_COMMAND
@@ -44,9 +45,11 @@ from mochi_app.web.guards import (
     SecurityHeaders,
     WholeStreams,
 )
+from mochi_app.web.hosts import OwnHost, ServedHosts, UnderPrefix, root_path
 from mochi_app.web.limits import StreamLimits
 from mochi_app.web.queue import use_studio_queue
 from mochi_app.web.routes import add_routes, explain_bad_calls
+from mochi_app.web.template import use_own_address
 
 log = logging.getLogger("mochi_app")
 
@@ -59,10 +62,11 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
     """The parent app: our routes, then Gradio's page and API at the root.
 
     Raises:
-        SettingsError: the accounts file cannot be used.
+        SettingsError: the accounts file, or GRADIO_ROOT_PATH, cannot be used.
     """
     doors = Doors(studio.settings, ticket_secret)
     gr.set_static_paths([studio.media.videos])
+    use_own_address()
     with gr.Blocks(title="Mochi", analytics_enabled=False) as demo:
         ui.build(studio)
         Api(studio, ticket_secret).mount()
@@ -99,7 +103,7 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
         demo,
         path="/",
         auth_dependency=user_of,
-        root_path=os.environ.get("GRADIO_ROOT_PATH"),
+        root_path=root_path().value or None,
         run_history=False,
         show_error=False,
         enable_monitoring=False,
@@ -125,11 +129,15 @@ def put_up_doors(app: FastAPI, doors: Doors, settings: Settings) -> None:
             route.app.add_middleware(OnlyWhatIsNeeded)
     app.add_middleware(BoundedBody)
     app.add_middleware(Guard, doors=doors)
-    app.add_middleware(
-        OwnOrigin,
-        allowed=settings.allowed_origins,
-        public_url=os.environ.get("GRADIO_ROOT_PATH", ""),
-    )
+    if settings.trusted_proxies:
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)
+    root = root_path()
+    if not doors.closed:
+        hosts = ServedHosts(
+            settings.allowed_hosts, root.host, space_host=os.environ.get("SPACE_HOST", "")
+        )
+        app.add_middleware(OwnHost, hosts=hosts, trusted_proxies=settings.trusted_proxies)
+    app.add_middleware(OwnOrigin, allowed=settings.allowed_origins, public_url=root.value)
     app.add_middleware(  # Starlette's own, by which Gradio's, which lets every site in, steps back
         CORSMiddleware,
         allow_origins=settings.allowed_origins,
@@ -137,6 +145,8 @@ def put_up_doors(app: FastAPI, doors: Doors, settings: Settings) -> None:
         allow_headers=["authorization", "content-type"],
     )
     app.add_middleware(SecurityHeaders, frame_ancestors=settings.frame_ancestors)
+    if root.path:
+        app.add_middleware(UnderPrefix, prefix=root.path)
 
 
 class Server(uvicorn.Server):
@@ -183,8 +193,7 @@ async def serve(settings: Settings, engine_command: Sequence[str] = ENGINE_COMMA
         backlog=most_connections() // 4,  # so many are accepted before the first is counted
         log_config=None,  # its lines go the way of ours
         log_level="warning",
-        proxy_headers=bool(settings.trusted_proxies),
-        forwarded_allow_ips=settings.trusted_proxies,
+        proxy_headers=False,  # a layer of the app reads them
         timeout_graceful_shutdown=CONNECTION_GRACE_SECONDS,
     )
     log.info("serving http://%s:%d with model %s", config.host, config.port, settings.model)

@@ -123,6 +123,28 @@ ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|(\*\.)?[a-z0-9._-]+)(:[0-9]{1,5})
 Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_origins)]
 
 
+def parse_hosts(value: Any) -> Any:
+    """Parse `"mochi.example *.lab.example"` into a tuple of host names, lower case, no final dot.
+
+    Raises:
+        ValueError: one of them is no host name.
+    """
+    if not isinstance(value, str):
+        return value
+    hosts = value.lower().replace(",", " ").split()
+    if not all(ALLOWED_HOST.fullmatch(host) for host in hosts):
+        raise ValueError(
+            "expected host names such as 'mochi.example', '*.lab.example' for all below a name, or"
+            " '*' for all, without scheme and port, separated by blanks"
+        )
+    return tuple(host.removesuffix(".") for host in hosts)
+
+
+HOST_NAME = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*"
+ALLOWED_HOST = re.compile(rf"\*|(?:\*\.)?{HOST_NAME}\.?|\[[0-9a-f:.]+\]")
+Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_hosts)]
+
+
 def addresses(value: str) -> str:
     """The addresses and networks, as uvicorn reads them.
 
@@ -205,8 +227,8 @@ class Settings(BaseSettings):
     )
     trusted_proxies: Annotated[str, AfterValidator(addresses)] = Field(
         default="",
-        description="Addresses or networks of proxies whose `X-Forwarded-For` is believed, with "
-        "commas between them; `*` believes anybody's. Without it all who come through a proxy "
+        description="Addresses or networks of proxies whose `X-Forwarded-…` headers are believed, "
+        "with commas between them; `*` believes anybody's. Without it all who come through a proxy "
         "count as one address.",
     )
     quota_gib: float = Field(
@@ -331,6 +353,12 @@ class Settings(BaseSettings):
         min_length=20,
         description="What a machine sends as `Authorization: Bearer …`; it may all that an admin "
         "may. `openssl rand -hex 32` makes one.",
+    )
+    allowed_hosts: Hosts = Field(
+        default=(),
+        description="Names under which a server without a login answers, beside localhost, IP "
+        "addresses, names without a dot, `.local`, `.lan`, `.internal`, the machine's own, a "
+        "Space's and that of `GRADIO_ROOT_PATH`. `*.lab.example` is all below a name, `*` all.",
     )
     allowed_origins: Origins = Field(
         default=(),

@@ -398,7 +398,27 @@ def asking(guard: Any, host: str = "http://mochi.example") -> httpx.AsyncClient:
         ("POST", "/", {}, True),  # no browser
         ("POST", "/", {"origin": "http://mochi.example"}, True),
         ("POST", "/", {"origin": "http://mochi.example:80"}, True),
-        ("POST", "/", {"origin": "http://mochi.example:8080"}, False),
+        ("POST", "/", {"origin": "http://mochi.example:8080"}, True),  # the Host lost its port
+        ("POST", "/", {"origin": "https://Mochi.example.:8443"}, True),
+        ("POST", "/", {"origin": "http://mochi.example.evil:8080"}, False),
+        ("POST", "/", {"origin": "http://mochi.example:8080", "host": "mochi.example:80"}, False),
+        ("POST", "/", {"origin": "http://mochi.example:x", "host": "mochi.example"}, False),
+        (  # what the browser says itself needs no guess
+            "POST",
+            "/",
+            {"origin": "https://mochi.example:8443", "sec-fetch-site": "same-site"},
+            False,
+        ),
+        ("POST", "/", {"origin": "http://[::1]:8882", "host": "[::1]"}, True),
+        ("POST", "/", {"origin": "http://[::2]:8882", "host": "[::1]"}, False),
+        ("POST", "/", {"origin": "http://gpubox:8882", "x-forwarded-host": "gpubox"}, True),
+        ("POST", "/", {"origin": "http://evil:8882", "x-forwarded-host": "gpubox"}, False),
+        ("GET", "/assets/index-1.js", {"origin": "http://evil.example"}, True),
+        ("GET", "/static/a.js", {"origin": "null", "sec-fetch-site": "cross-site"}, True),
+        ("HEAD", "/theme.css", {"origin": "http://evil.example"}, True),
+        ("POST", "/assets/index-1.js", {"origin": "http://evil.example"}, False),
+        ("GET", "/assets", {"origin": "http://evil.example"}, False),
+        ("GET", "/config", {"origin": "http://evil.example"}, False),
         ("POST", "/", {"origin": "http://evil.example"}, False),
         ("GET", "/", {"origin": "http://evil.example"}, False),
         ("POST", "/", {"origin": "null"}, False),
@@ -424,6 +444,26 @@ async def test_only_our_own_page_and_friends_call(
     async with asking(guard) as client:
         answer = await client.request(method, path, headers=headers)
     assert answer.status_code == (200 if passes else 403)
+
+
+async def test_a_page_behind_a_proxy_without_host_is_told_what_to_pass_on() -> None:
+    page = {"origin": "http://gpubox:8882", "host": "127.0.0.1:7860"}
+    async with asking(guards.OwnOrigin(echo)) as client:
+        told = (await client.post("/", headers=page)).json()["detail"]
+        form = await client.post("/login", headers=page | {"accept": "text/html,*/*;q=0.8"})
+    for part in ("http://gpubox:8882", "127.0.0.1:7860", "Host header", "docs/operations.md"):
+        assert part in told
+    assert form.status_code == 403
+    assert form.headers["content-type"].startswith("text/html")
+    assert "proxy_set_header Host $http_host" in form.text
+    assert "http://gpubox:8882" in form.text
+
+
+async def test_what_a_refusal_repeats_is_text() -> None:
+    marked = {"origin": "http://<script>alert(1)</script>", "accept": "text/html"}
+    async with asking(guards.OwnOrigin(echo)) as client:
+        answer = await client.post("/login", headers=marked)
+    assert "<script" not in answer.text
 
 
 FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}

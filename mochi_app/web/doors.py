@@ -371,7 +371,7 @@ def add_login(app: FastAPI, doors: Doors) -> None:
     """Put /login and /logout onto the parent app; before Gradio, which has its own."""
     router = APIRouter()
 
-    @router.get("/login")
+    @router.api_route("/login", methods=["GET", "HEAD"])
     async def show(request: Request, job: str = "") -> Response:
         """The form; for whom it is not, the page itself."""
         if not is_stranger(request):

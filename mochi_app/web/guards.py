@@ -7,22 +7,26 @@ Small ASGI layers without state. Who a caller is and what it may do is decided i
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import re
+import string
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from gradio.processing_utils import client_utils
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import HTMLResponse, JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 256 << 10
 MULTIPART_FORM = "multipart/form-data"
 BODY_SECONDS = 30.0  # in which a request's body must have come
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+REFUSED_PAGE = string.Template((Path(__file__).parent / "refused.html").read_text("utf-8"))
 
 # Gradio's page runs inline scripts and compiles its templates; no source is another site's.
 POLICY = (
@@ -34,12 +38,15 @@ POLICY = (
 
 # What page and clients need of Gradio. The rest (uploads, proxy, streams, deep links, recordings,
 # monitoring, vibe mode, run history, …) is not there.
-GRADIO_READS = re.compile(
-    r"/|/config/?|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/pwa_icon(/\d{1,4})?"
-    r"|/(static|assets|svelte)/.+"
-    r"|/gradio_api/(info/?|openapi\.json|startup-events|app_id/?|user/?|login_check/?|theme\.css"
-    r"|queue/(data|status)|heartbeat/[^/]+|call/(v2/)?[^/]+/[^/]+)"
+GRADIO_ASSETS = re.compile(  # the same for everybody: Gradio's published code, styles and icons
+    r"/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/pwa_icon(/\d{1,4})?"
+    r"|/(static|assets|svelte)/.+|/gradio_api/theme\.css"
 )
+GRADIO_PLAIN_READS = re.compile(
+    rf"{GRADIO_ASSETS.pattern}|/|/config/?"
+    r"|/gradio_api/(info/?|openapi\.json|startup-events|app_id/?|user/?|login_check/?|queue/status)"
+)
+GRADIO_STREAMS = re.compile(r"/gradio_api/(queue/data|heartbeat/[^/]+|call/(v2/)?[^/]+/[^/]+)")
 GRADIO_WRITES = re.compile(
     r"/gradio_api/(queue/join|cancel|reset/?|component_server/?|(run|api)/[^/]+/?"
     r"|call/(v2/)?[^/]+/?)"
@@ -52,6 +59,14 @@ def refusal(status: int, told: str, **headers: str) -> Reply:
     """An answer in JSON, as FastAPI words its own."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return JSONResponse({"detail": told}, status, named)
+
+
+def explained_refusal(scope: Scope, status: int, told: str) -> Reply:
+    """A refusal that a person may get to see: a page for a browser that opens one, else JSON."""
+    if "text/html" not in Headers(scope=scope).get("accept", ""):
+        return refusal(status, told)
+    page = REFUSED_PAGE.substitute(told=html.escape(told))
+    return HTMLResponse(page, status, {"cache-control": "no-store"})
 
 
 class SecurityHeaders:
@@ -77,7 +92,11 @@ class SecurityHeaders:
 
 
 class OwnOrigin:
-    """Refuses what another site's page sends: whoever is logged in here may be looking at it."""
+    """Refuses what another site's page sends: whoever is logged in here may be looking at it.
+
+    `X-Forwarded-Host` is believed of anybody: a page of another site cannot send it, as that takes
+    a preflight, which is refused.
+    """
 
     def __init__(self, app: ASGIApp, allowed: Iterable[str] = (), public_url: str = "") -> None:
         self.app = app
@@ -90,28 +109,49 @@ class OwnOrigin:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            told = (
-                "another site's page may not call this server: a proxy must pass the Host header"
-                " on, and MOCHI_ALLOWED_ORIGINS names sites that may"
-            )
-            await refusal(403, told)(scope, receive, send)
+            await explained_refusal(scope, 403, told_of_origin(scope))(scope, receive, send)
 
     def _foreign(self, scope: Scope) -> bool:
         headers = Headers(scope=scope)
+        method, path = scope.get("method"), scope["path"]
+        if method in ("GET", "HEAD") and GRADIO_ASSETS.fullmatch(path):
+            return False
         site = headers.get("sec-fetch-site")  # the browser's own word: no script can write it
         origin = headers.get("origin")
         if site in ("same-origin", "none"):
             return False
         if origin is None:
-            leaving = scope.get("method") in SAFE_METHODS and scope["path"] != "/logout"
+            leaving = method in SAFE_METHODS and path != "/logout"
             return site is not None and not leaving
         if origin.lower() in self._allowed:
             return False
         asked = place(origin)
+        if asked is None or asked == self._public:
+            return asked is None
         hosts = (headers.get("host", ""), headers.get("x-forwarded-host", "").split(",")[0].strip())
-        scheme = origin.split("://")[0]
-        ours = {place(f"{scheme}://{host}") for host in hosts if host} | {self._public}
-        return asked is None or asked not in ours
+        return not any(at_host(origin, host, guess_port=site is None) for host in hosts if host)
+
+
+def at_host(origin: str, host: str, guess_port: bool) -> bool:
+    """Whether a page of this origin is one of this host's, as a `Host` header names it. One that
+    bears no port may have lost it at a proxy: with `guess_port` it may be any."""
+    scheme = origin.split("://")[0]
+    asked, own = place(origin), place(f"{scheme}://{host}")
+    if asked is None or own is None:
+        return False
+    portless = urlsplit(f"{scheme}://{host}").port is None
+    return asked == own or (guess_port and portless and asked[0] == own[0])
+
+
+def told_of_origin(scope: Scope) -> str:
+    """Why a page's call is refused, and what to do when the page is this server's own."""
+    headers = Headers(scope=scope)
+    return (
+        f"A page of {headers.get('origin', 'another site')} may not call this server, which was"
+        f" asked as {headers.get('host', 'nothing')}. If it is this server's own page, the proxy"
+        " in front must pass the Host header on (nginx: proxy_set_header Host $http_host), see"
+        " docs/operations.md. Other sites that may call are named in MOCHI_ALLOWED_ORIGINS."
+    )
 
 
 def place(url: str) -> tuple[str, int] | None:
@@ -121,7 +161,8 @@ def place(url: str) -> tuple[str, int] | None:
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     except (ValueError, KeyError):
         return None
-    return (parts.hostname, port) if parts.hostname else None
+    host = (parts.hostname or "").removesuffix(".")
+    return (host, port) if host else None
 
 
 class BoundedBody:
@@ -233,7 +274,9 @@ def replaying(body: bytes, receive: Receive) -> Receive:
 
 
 class OnlyWhatIsNeeded:
-    """Around Gradio's app: routes that page and clients do not need are not there."""
+    """Around Gradio's app: routes that page and clients do not need are not there, and HEAD, which
+    Gradio's routes do not take, is GET; the server leaves the body out. A stream is not opened for
+    it: that would take its answer from whoever waits for it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -243,6 +286,8 @@ class OnlyWhatIsNeeded:
             await send({"type": "websocket.close", "code": 1008})
         elif scope["type"] == "http" and not needed(scope["method"], scope["path"]):
             await refusal(404, "there is nothing here")(scope, receive, send)
+        elif scope.get("method") == "HEAD" and GRADIO_PLAIN_READS.fullmatch(scope["path"]):
+            await self.app({**scope, "method": "GET"}, receive, send)
         else:
             await self.app(scope, receive, send)
 
@@ -273,5 +318,5 @@ class WholeStreams:
 def needed(method: str, path: str) -> bool:
     """Whether page or clients need this of Gradio."""
     if method in ("GET", "HEAD"):
-        return GRADIO_READS.fullmatch(path) is not None
+        return any(reads.fullmatch(path) for reads in (GRADIO_PLAIN_READS, GRADIO_STREAMS))
     return method == "POST" and GRADIO_WRITES.fullmatch(path) is not None

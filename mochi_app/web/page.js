@@ -131,16 +131,10 @@
 
   /** Ask a server function. A refusal, or a server that is away, becomes an Error to be shown. */
   async function ask(name, argument) {
-    let answer;
-    try {
-      answer = await parts.panel.server[name](argument);
-    } catch {
-      throw new Error("The server did not answer. Try again in a moment.");
-    }
-    if (!answer || answer.error !== undefined) {
-      const error = new Error(answer?.error ?? "The server did not answer. Try again in a moment.");
-      throw Object.assign(error, { refused: Boolean(answer) });
-    }
+    // Gradio answers with nothing when the server was not reached, or refused.
+    const answer = await parts.panel.server[name](argument).catch(() => null);
+    if (!answer) throw new Error((await gate.closed()) ? gate.short : "The server did not answer. Try again in a moment.");
+    if (answer.error !== undefined) throw Object.assign(new Error(answer.error), { refused: true });
     return answer.ok;
   }
 
@@ -158,6 +152,22 @@
     }
     panel.render();
   }
+
+  // A server that refuses every call of this page, as behind a proxy that hides where the page is
+
+  const gate = {
+    short: "The server refuses what this page sends. The reason is at the top of the page.",
+
+    /** Whether it does. The reason stays on the page. */
+    async closed() {
+      const answer = await fetch("./livez", { method: "POST" }).catch(() => null);
+      const closed = [403, 421].includes(answer?.status);
+      const told = closed ? await answer.json().catch(() => null) : null;
+      setText(this.notice, told?.detail ?? "A proxy in front of the server refuses what this page sends.");
+      this.notice.hidden = !closed;
+      return closed;
+    },
+  };
 
   // The event stream
 
@@ -231,6 +241,7 @@
       this.logout.append(this.who, h("button", { className: "m-button", textContent: "Log out" }));
       this.login = h("a", { className: "m-button", href: "./", textContent: "Log in", hidden: true });
       part.announcer = h("p", { className: "m-hidden", role: "status", "aria-live": "polite" });
+      gate.notice = h("p", { className: "m-problem m-gate", role: "alert", hidden: true });
       part.element.replaceChildren(
         h(
           "header",
@@ -240,6 +251,7 @@
           this.login,
           this.logout,
         ),
+        gate.notice,
         part.announcer,
       );
     },

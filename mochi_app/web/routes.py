@@ -26,6 +26,7 @@ from starlette.types import Receive, Scope, Send
 from mochi_app.jobs import JOB_ID, JobStatus, NotFound, RequestError
 from mochi_app.studio import Studio
 from mochi_app.web.doors import address_of, is_stranger
+from mochi_app.web.hosts import UNSERVED
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ MOST_STREAMS = 768  # pages that may listen at a time
 STREAMS_OF_ADDRESS = 256  # of them, from one address
 RETRY_SECONDS = 10  # after which a page that was sent away may ask again
 PIECE_BYTES = 1 << 16  # written at a time: a page that does not read holds no more than two
+READS = ["GET", "HEAD"]  # the server leaves the body of a HEAD out
+STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 LIVE_JOBS = 200  # jobs in one event; the rest of a longer queue is asked for by page
 
 
@@ -110,8 +113,7 @@ class Listening(StreamingResponse):
     so that pages which come in one moment are counted one by one."""
 
     def __init__(self, feed: EventFeed, address: str) -> None:
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        super().__init__(feed.stream(), media_type="text/event-stream", headers=headers)
+        super().__init__(feed.stream(), media_type="text/event-stream", headers=STREAM_HEADERS)
         self._feed = feed
         self._address = address
 
@@ -125,21 +127,22 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
     router = APIRouter()
     feed = EventFeed(studio)
 
-    @router.get("/livez")
+    @router.api_route("/livez", methods=READS)
     async def livez() -> PlainTextResponse:
         """The process answers."""
         return PlainTextResponse("ok\n")
 
-    @router.get("/healthz")
+    @router.api_route("/healthz", methods=READS)
     async def healthz(request: Request) -> JSONResponse:
         """200 when a video could be made now, else 503 with the reasons. Who has not logged in
-        where one has to gets no more of the slots than their state."""
+        where one has to, or asks under a host that is not served, gets no more of the slots than
+        their state."""
         health = studio.health()
-        if is_stranger(request):
+        if is_stranger(request) or UNSERVED in request.scope:
             health["slots"] = [{name: slot[name] for name in OPENLY} for slot in health["slots"]]
         return JSONResponse(health, status_code=200 if health["ok"] else 503)
 
-    @router.get("/metrics")
+    @router.api_route("/metrics", methods=READS)
     async def metrics() -> Response:
         """Prometheus text."""
         text = await asyncio.to_thread(studio.metrics.text)
@@ -150,7 +153,12 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
         """The live state as server-sent events; 429 or 503 when too many listen."""
         return Listening(feed, address_of(request))
 
-    @router.api_route("/files/{job_id}", methods=["GET", "HEAD"])
+    @router.head("/events")
+    async def events_head() -> Response:
+        """What the stream is; it takes no seat."""
+        return Response(media_type="text/event-stream", headers=STREAM_HEADERS)
+
+    @router.api_route("/files/{job_id}", methods=READS)
     async def video(job_id: str, download: bool = False) -> FileResponse:
         """The job's MP4; answers Range."""
         view = found(studio, job_id)
@@ -160,13 +168,13 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
             studio.changed.beat()  # its view says so from now on
         return file_response(path, "video/mp4", download)
 
-    @router.api_route("/files/{job_id}/poster", methods=["GET", "HEAD"])
+    @router.api_route("/files/{job_id}/poster", methods=READS)
     async def poster(job_id: str) -> FileResponse:
         """The job's poster."""
         path = studio.media.poster_path(found(studio, job_id)["id"])
         return file_response(path, "image/webp", False)
 
-    @router.api_route("/gradio_api/file={path:path}", methods=["GET", "HEAD"])
+    @router.api_route("/gradio_api/file={path:path}", methods=READS)
     async def gradio_file(path: str) -> FileResponse:
         """A video by the path that Gradio's clients were told. The path is not opened: it names a
         job's video or nothing."""

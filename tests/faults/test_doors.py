@@ -304,3 +304,18 @@ def test_another_browser_stops_a_job(serve: Callable[..., Served]) -> None:
     served.headers = {"cookie": "; ".join(f"{k}={v}" for k, v in mine.cookies.items())}
     served.call("cancel_job", job_id=job["id"])
     assert served.ended(job["id"])["status"] == "CANCELLED"
+
+
+def test_a_site_gives_its_own_name_this_address(serve: Callable[..., Served]) -> None:
+    """Without a login, a site gives its own name this server's address (DNS rebinding): its page
+    reads nothing and submits nothing."""
+    served = serve("ok").ready()
+    own = {"host": "evil.example:7860", "origin": "http://evil.example:7860"}
+    for headers in (own, own | {"x-forwarded-host": "localhost"}):
+        for path in ("/", "/config", "/metrics", "/events"):
+            assert get(f"{served.url}{path}", headers=headers).status_code == 421
+        for path in ("call/v2/submit_job", "queue/join", "run/submit_job"):
+            url = f"{served.url}/gradio_api/{path}"
+            assert post(url, json={"prompt": "theirs"}, headers=headers).status_code == 421
+    assert served.call("list_jobs")["total"] == 0
+    works(served)
