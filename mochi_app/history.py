@@ -196,12 +196,13 @@ class History:
     async def add(self, job: Job, *, drawn: frozenset[str] = frozenset()) -> Job:
         """Keep a new job, and its request_id with it.
 
-        When the owner used that request_id before, the job it made is returned instead, even from
-        the trash, provided that the request is the same. Fields in `drawn` were not given by the
-        caller (a seed drawn for them) and are left out of the comparison.
+        When the owner used that request_id before, the job it made is returned instead, provided
+        that the request is the same. Fields in `drawn` were not given by the caller (a seed drawn
+        for them) and are left out of the comparison.
 
         Raises:
-            Conflict: the request_id was used for another request; the message names the fields.
+            Conflict: the request_id was used for another request; the message names the fields. Or
+                the job it made is in the trash, where no other call would know it.
             HistoryError: nothing was written.
         """
 
@@ -355,7 +356,7 @@ def same_request(earlier: Job, job: Job, drawn: frozenset[str]) -> Job:
     """`earlier` if it was asked for with the same parameters as `job`, but for those in `drawn`.
 
     Raises:
-        Conflict: it was not; the message names the fields.
+        Conflict: it was not; the message names the fields. Or it is in the trash.
     """
     compared = [name for name in REQUEST_FIELDS if name not in drawn]
     differing = [name for name in compared if getattr(earlier, name) != getattr(job, name)]
@@ -363,6 +364,11 @@ def same_request(earlier: Job, job: Job, drawn: frozenset[str]) -> Job:
         raise Conflict(
             f"request_id: {shown(job.request_id)} made job {earlier.id} with another "
             f"{', '.join(differing)}, expected the same parameters or a new request_id"
+        )
+    if earlier.deleted_at is not None:
+        raise Conflict(
+            f"request_id: {shown(job.request_id)} made job {earlier.id}, which is in the trash:"
+            " restore_job takes it out of it; or use a new request_id"
         )
     return earlier
 

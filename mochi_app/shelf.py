@@ -50,15 +50,17 @@ class Shelf:
         return job
 
     async def restore(self, job_id: Any) -> Job:
-        """Undo a delete.
+        """Undo a delete; a job that is not in the trash is returned as it is.
 
         Raises:
-            NotFound: the trash has no such job (any more).
+            NotFound: there is no such job (any more).
         """
         async with self._changing:
             job = self._history.get(parse_job_id(job_id))
-            if job is None or job.deleted_at is None:
+            if job is None:
                 raise NotFound(f"job_id: the trash has no such job: {job_id}")
+            if job.deleted_at is None:
+                return job
             await asyncio.to_thread(self._media.unwithhold, job.id)
             job = await self._history.update(job.id, lambda job: replace(job, deleted_at=None))
         self._changed.beat()

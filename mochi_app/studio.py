@@ -304,12 +304,18 @@ class Studio:
         """The job, unless it is in the trash.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is none, or it is in the trash, as the message then says: to anybody,
+                as everybody can look into the trash.
             RequestError: this cannot be an id.
         """
         job = self.history.get(parse_job_id(job_id))
-        if job is None or job.deleted_at is not None:
+        if job is None:
             raise NotFound(f"job_id: no job has the id {job_id}")
+        if job.deleted_at is not None:
+            raise NotFound(
+                f"job_id: job {job.id} is in the trash: restore_job takes it out of it, until the"
+                " trash is emptied"
+            )
         return job
 
     def status(self, job_id: Any) -> dict[str, Any]:
@@ -428,7 +434,7 @@ class Studio:
 
     @to_the_end
     async def restore(self, job_id: Any, *, by: Caller = HOUSE) -> Job:
-        """Undo a delete.
+        """Undo a delete; a job that is not in the trash is returned as it is.
 
         Raises:
             NotFound: the trash has no such job (any more).

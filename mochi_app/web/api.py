@@ -57,6 +57,7 @@ class Api:
             self.get_output_file,
             self.cancel_job,
             self.delete_job,
+            self.restore_job,
             self.star_job,
             self.generate,
         )
@@ -187,6 +188,16 @@ class Api:
         """
         with refusals():
             return self._studio.view(await self._studio.delete(job_id, by=caller_of(request)))
+
+    async def restore_job(self, job_id: str, request: gr.Request) -> dict[str, Any]:
+        """Take a job and its files out of the trash again. One that is not in it is returned as it
+        is. A job of somebody else's is only theirs, or an admin's, to restore.
+
+        Args:
+            job_id: The job's id.
+        """
+        with refusals():
+            return self._studio.view(await self._studio.restore(job_id, by=caller_of(request)))
 
     async def star_job(self, job_id: str, starred: bool = True) -> dict[str, Any]:
         """Star a job, so that its video is never evicted; or take the star away.

@@ -630,7 +630,9 @@
         if (shown.jobId !== jobId) return;
         shown.problem = error.message;
         if (error.refused) {
-          shown.problem = "This video is not here. It may have been deleted, or the link is incomplete.";
+          shown.problem = error.message.includes("is in the trash")
+            ? "This video is in the trash. The history shows it under “Trash”, where it can be restored."
+            : "This video is not here. It may have been deleted, or the link is incomplete.";
           Object.assign(shown, { preview: null, enhance: null });
         }
       }
