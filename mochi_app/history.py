@@ -148,6 +148,17 @@ class History:
         await self._run(self._store.close, len(self._index))
         self._thread.shutdown(wait=False)
 
+    def begin_end(self) -> None:
+        """The server was told to end: should it be killed before it has, no job is to blame. May
+        be called by a signal's handler."""
+        self._store.begin_end()
+
+    @property
+    def server_died(self) -> bool:
+        """Whether the server before this one was killed, or lost its power, without having been
+        told to end. What a restore put in place tells of no death."""
+        return self._store.died
+
     def __len__(self) -> int:
         return len(self._index)
 
@@ -184,6 +195,10 @@ class History:
     def count(self, status: JobStatus) -> int:
         """How many jobs are in this state and not in the trash."""
         return self.counts()[status]
+
+    def held(self) -> int:
+        """How many PENDING jobs are held and not in the trash. From any thread."""
+        return self._index.held
 
     def counts(self) -> dict[JobStatus, int]:
         """Jobs by status, without the trash."""

@@ -94,6 +94,7 @@ class LiveJobs:
         place = self._place(job)
         there = job.status is JobStatus.COMPLETED and job.deleted_at is None
         done = job.status is JobStatus.COMPLETED
+        waits = job.status is JobStatus.PENDING and job.held is None
         missing = there and job.evicted_at is None and not self._has_video(job.id)
         video = there and job.evicted_at is None and not missing
         return job.to_record() | {
@@ -107,7 +108,7 @@ class LiveJobs:
             "cancel_requested": self.cancelling(job),
             "position": place.position if place else None,
             "eta_seconds": self._eta(job, live, place),
-            "waits_for": self._lacks(job) if job.status is JobStatus.PENDING else None,
+            "waits_for": self._lacks(job) if waits else None,
             "video_missing": missing,
             "video_url": f"/files/{job.id}" if video else None,
             "poster_url": f"/files/{job.id}/poster" if there and job.poster else None,
@@ -140,14 +141,20 @@ class LiveJobs:
         return self._places
 
     def _busy_seconds(self) -> list[float | None]:
+        """Until each slot that has a model is free; beside a suspect nothing starts."""
         seconds: list[float | None] = []
+        alone = False
         for supervised in self._pool.slots:
             job_id = supervised.slot.job_id
             job = self._history.get(job_id) if job_id else None
             if job is not None:
                 seconds.append(self._eta(job, self.jobs.get(job.id), None))
+                alone = alone or job.suspect
             elif supervised.ready:
                 seconds.append(0.0)
+        if alone:
+            known = [value for value in seconds if value is not None]
+            return [max(known) if len(known) == len(seconds) else None] * len(seconds)
         return seconds
 
     def _eta(self, job: Job, live: Live | None, place: scheduling.Place | None) -> float | None:
@@ -174,7 +181,8 @@ class LiveJobs:
             shown[job.id] = job
         return {
             "slots": [slot.describe() for slot in self._pool.slots],
-            "pending": self._history.count(JobStatus.PENDING),
+            "pending": self._history.count(JobStatus.PENDING) - self._history.held(),
+            "held": self._history.held(),
             "processing": self._history.count(JobStatus.PROCESSING),
             "jobs": [self.view(job) | {"image": self.image(job.id)} for job in shown.values()],
         }

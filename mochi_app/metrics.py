@@ -68,12 +68,13 @@ class Now(Collector):
 
     def collect(self) -> list[Metric]:
         """The metrics of this moment."""
-        counts = self._history.counts()
+        counts, held = self._history.counts(), self._history.held()
         jobs = GaugeMetricFamily("mochi_jobs", "Jobs in the history.", labels=["status"])
         for status in JobStatus:
             jobs.add_metric([status.lower()], counts.get(status, 0))
         sizes = {
-            "mochi_queue_length": ("Jobs that wait.", counts.get(JobStatus.PENDING, 0)),
+            "mochi_queue_length": ("Jobs that wait.", counts.get(JobStatus.PENDING, 0) - held),
+            "mochi_jobs_held": ("Jobs that wait for a person to try them again.", held),
             "mochi_videos_bytes": ("Bytes of all videos.", self._media.total_bytes()),
             "mochi_quota_bytes": ("Room for videos, in bytes.", self._shelf.quota_bytes),
             "mochi_disk_free_bytes": ("Free on the data disk.", self._media.free_bytes()),

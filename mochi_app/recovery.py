@@ -402,7 +402,13 @@ def followed_job(job_id: str, path: Path, job: Job | None, followed: Followed) -
 def finished(job: Job, at: float) -> Job:
     """A job that waited when the copy was made and was done since."""
     return replace(
-        job, status=JobStatus.COMPLETED, completed_processing_at=at, attempts=max(1, job.attempts)
+        job,
+        status=JobStatus.COMPLETED,
+        completed_processing_at=at,
+        attempts=max(1, job.attempts),
+        server_deaths=0,
+        suspect=False,
+        held=None,
     )
 
 

@@ -3,13 +3,14 @@
 Order: a job is due at its submit time plus `PATIENCE` times its own estimated run time; the
 earliest due goes first. Among equals that is first come, first served. A short job overtakes a long
 one, but only for a while: what comes later is due later, so nothing starves. A job that was
-interrupted had its turn already and goes before all that have not.
+interrupted had its turn already and goes before all that have not. A suspect (`suspects.py`) runs
+alone: when it is next it waits for what runs, and nothing starts meanwhile or beside it.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from mochi_app.jobs import Job
@@ -104,9 +105,14 @@ def due(job: Job, estimate: Estimate) -> tuple[bool, float, str]:
     return (fresh, job.submitted_at + PATIENCE * (estimate(job) or 0.0), job.id)
 
 
-def next_job(pending: Iterable[Job], estimate: Estimate) -> Job | None:
-    """The job to start now."""
-    return min(pending, key=lambda job: due(job, estimate), default=None)
+def next_job(
+    pending: Iterable[Job], estimate: Estimate, running: Collection[Job] = ()
+) -> Job | None:
+    """The job to start now beside those that are `running`, if any is to."""
+    if any(job.suspect for job in running):
+        return None
+    job = min(pending, key=lambda job: due(job, estimate), default=None)
+    return None if job is not None and job.suspect and running else job
 
 
 def places(
@@ -128,7 +134,11 @@ def places(
         if not known or seconds is None:
             result[job.id] = Place(position, None)
             continue
-        done_at = heapq.heappop(free_at) + seconds
-        heapq.heappush(free_at, done_at)
+        if job.suspect:  # alone
+            done_at = max(free_at) + seconds
+            free_at = [done_at] * len(free_at)
+        else:
+            done_at = heapq.heappop(free_at) + seconds
+            heapq.heappush(free_at, done_at)
         result[job.id] = Place(position, done_at)
     return result

@@ -72,6 +72,7 @@ def test_every_endpoint_is_documented(app: Served) -> None:
         "/cancel_job",
         "/delete_job",
         "/restore_job",
+        "/retry_job",
         "/star_job",
         "/generate",
     }
@@ -280,6 +281,7 @@ def test_what_json_should_not_carry_is_refused(app: Served, field: str, literal:
         "cancel_job",
         "delete_job",
         "restore_job",
+        "retry_job",
         "star_job",
     ],
 )

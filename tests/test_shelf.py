@@ -64,7 +64,7 @@ async def test_a_purged_job_frees_its_request_id(make_studio: MakeStudio) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["status", "lineage", "enhance", "cancel", "star", "delete", "watch"]
+    "name", ["status", "lineage", "enhance", "cancel", "star", "delete", "retry", "watch"]
 )
 async def test_every_call_says_that_a_job_is_in_the_trash(
     make_studio: MakeStudio, name: str
