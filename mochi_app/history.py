@@ -33,6 +33,7 @@ from mochi_app.record_store import (
     RecordStore,
     Rows,
     request_row,
+    uptime_of,
 )
 
 __all__ = ["History", "HistoryError", "HistoryLocked", "JobPage", "JobQuery", "RecordDisk"]
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 MAX_BATCH = 100  # writes in one transaction; bounds the time the event loop spends on them
 HEAL_SECONDS = 1.0  # between tries to write to a store that refused
+UPTIME_SECONDS = 600.0  # that a kill may take off the uptime
 FIXED = ("id", "owner", "request_id", "parent_id", "prompt")  # told at submit, indexed once
 
 T = TypeVar("T")
@@ -152,6 +154,17 @@ class History:
         """The server was told to end: should it be killed before it has, no job is to blame. May
         be called by a signal's handler."""
         self._store.begin_end()
+
+    @property
+    def uptime(self) -> float:
+        """Seconds that servers have had this history open, all of them together: a clock that
+        nobody sets, for what must last over restarts."""
+        return self._store.uptime
+
+    async def keep_uptime(self) -> None:
+        """Write the uptime down, now and then. Raises HistoryError."""
+        if self.uptime - uptime_of(self._store.meta) >= UPTIME_SECONDS:
+            await self._write(self._touch)
 
     @property
     def server_died(self) -> bool:

@@ -269,7 +269,8 @@ class Job:
     `deaths` says how slots died of the job with no new checkpoint in between, and `checkpoint_at`
     is the time of the checkpoint that there was at the last of them, 0 for none. `server_deaths`
     counts those of the server likewise; a `suspect` runs alone since the first; `held` says why a
-    PENDING job waits for a person and takes no turn (`suspects.py`).
+    PENDING job waits for a person and takes no turn (`suspects.py`). `deleted_uptime` is the
+    history's uptime at the delete: `deleted_at` is for people, as their clock may have been wrong.
     `resumed_step` is the step after which the run went on that made the video. `cancel_requested`
     says that somebody wants an end of it: whoever finds it not running cancels it.
     """
@@ -304,6 +305,7 @@ class Job:
     note: str = ""
     safety: str | None = None
     deleted_at: float | None = None
+    deleted_uptime: float | None = None
     evicted_at: float | None = None
     model: str = ""
     slot: int | None = None

@@ -14,6 +14,7 @@ from mochi_app import scheduling
 from mochi_app.engine.pool import Pool
 from mochi_app.history import History
 from mochi_app.jobs import Job, JobStatus
+from mochi_app.waits import Waits
 
 RECENT_SECONDS = 30.0  # how long a finished job stays in the live state
 
@@ -28,6 +29,7 @@ class Live:
     resumed_step: int = 0
     step_seconds: float | None = None
     stage_began: float = 0.0
+    began: float = 0.0  # time.monotonic(), as it became PROCESSING
     tiles: tuple[int, int] = (0, 0)  # decoded, of all
     image: str | None = None
     cancel_requested: bool = False
@@ -54,6 +56,7 @@ class LiveJobs:
         self.claimed: set[str] = set()
         self.jobs: dict[str, Live] = {}
         self.speeds = scheduling.Speeds()
+        self.waits = Waits()
         self._history = history
         self._pool = pool
         self._waiting = waiting
@@ -83,6 +86,8 @@ class LiveJobs:
 
     def forget_ended(self) -> None:
         """Drop what ended a while ago, or was removed."""
+        waiting = self._history.with_status(JobStatus.PENDING, JobStatus.PROCESSING)
+        self.waits.keep({job.id for job in waiting})
         limit = time.monotonic() - RECENT_SECONDS
         for job_id, live in list(self.jobs.items()):
             if live.ended_at is not None and live.ended_at < limit:
@@ -135,7 +140,7 @@ class LiveJobs:
         key = (self._moves, int(time.monotonic() * 2))
         if key != self._places_key:
             self._places = scheduling.places(
-                self._waiting(), self._busy_seconds(), self.speeds.run_seconds
+                self._waiting(), self._busy_seconds(), self.speeds.run_seconds, self.waits.since
             )
             self._places_key = key
         return self._places

@@ -25,7 +25,9 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(Now(history, media, shelf, pool))
         self._wait = Histogram(
-            "mochi_job_wait_seconds", "From the submit to the first start.", ["kind"],
+            "mochi_job_wait_seconds",
+            "From the submit, or the server's start if that was later, to the first start.",
+            ["kind"],
             buckets=WAIT_BUCKETS, registry=self._registry,
         )  # fmt: skip
         self._run = Histogram(
@@ -37,16 +39,14 @@ class Metrics:
             buckets=STEP_BUCKETS, registry=self._registry,
         )  # fmt: skip
 
-    def started(self, job: Job) -> None:
-        """A job that has just become PROCESSING."""
-        if job.attempts == 1 and job.started_processing_at is not None:
-            self._wait.labels(job.kind).observe(job.started_processing_at - job.submitted_at)
+    def started(self, job: Job, waited: float) -> None:
+        """A job that has just become PROCESSING, and the seconds that it waited."""
+        if job.attempts == 1:
+            self._wait.labels(job.kind).observe(waited)
 
-    def completed(self, job: Job) -> None:
-        """A job that has just become COMPLETED."""
-        if job.started_processing_at is not None and job.completed_processing_at is not None:
-            seconds = job.completed_processing_at - job.started_processing_at
-            self._run.labels(job.kind).observe(seconds)
+    def completed(self, job: Job, ran: float) -> None:
+        """A job that has just become COMPLETED, and the seconds of its last attempt."""
+        self._run.labels(job.kind).observe(ran)
 
     def stepped(self, seconds: float) -> None:
         """A step is done."""

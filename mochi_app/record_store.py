@@ -332,6 +332,12 @@ def read_meta(database: sqlite3.Connection, folder: Path) -> Record:
     return meta if isinstance(meta, dict) and isinstance(meta.get("store"), str) else {}
 
 
+def uptime_of(meta: Record) -> float:
+    """The uptime that was written down last; 0 when none was."""
+    said = meta.get("uptime")
+    return float(said) if isinstance(said, int | float) else 0.0
+
+
 def read_jobs(database: sqlite3.Connection, folder: Path) -> JobIndex:
     """Every job of the store.
 
@@ -387,7 +393,7 @@ def check_whole(meta: Record, sentinel: Sentinel | None, path: Path) -> None:
 class RecordStore:
     """The database of one data folder, and its lock. Every method blocks; one thread uses it."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._data_dir = data_dir
         self._folder = data_dir / "history"
         self._lock: int | None = None
@@ -395,6 +401,9 @@ class RecordStore:
         self._sentinel: int | None = None  # open descriptor of store.json
         self._jobs = 0  # at the last start or end
         self._checkpointed_at = 0.0
+        self._clock = clock
+        self._opened_at = 0.0
+        self._uptime = 0.0  # when it was opened
         self._serving = False
         self.died = False  # the server before: it had not begun to end
         self.meta: Record = {}
@@ -424,6 +433,7 @@ class RecordStore:
                     sqlite_mmap_size=0,  # an unreadable page is an error, not a SIGBUS
                 )
                 self._jobs = len(index)
+                self._uptime, self._opened_at = uptime_of(self.meta), self._clock()
                 self.write({META: self.meta})
                 self._begin_sentinel()
                 return index
@@ -436,6 +446,8 @@ class RecordStore:
         self._serving = False
         if self._cache is not None and jobs is not None:
             self._jobs = jobs
+            with contextlib.suppress(HistoryError):
+                self.write({META: self.meta})  # its uptime
             self._follow()
         self._release()
 
@@ -446,6 +458,12 @@ class RecordStore:
             self._serving = False
             self._follow()
 
+    @property
+    def uptime(self) -> float:
+        """Seconds that servers have had this store open, all of them together; no clock on the
+        wall has a part in it. The last ten minutes or so of a killed one may be missing."""
+        return self._uptime + self._clock() - self._opened_at
+
     def write(self, rows: Rows) -> None:
         """Write these rows, or none of them; None deletes.
 
@@ -455,6 +473,7 @@ class RecordStore:
         changes = sum(key.startswith(JOB) for key in rows)
         meta = {**self.meta, **self._meta_of(rows)}
         meta["writes"] = self.meta.get("writes", 0) + changes
+        meta["uptime"] = round(self.uptime, 1)
         with self._explained("write to the history"), self._cache.transact(retry=False):
             for key, value in (rows | {META: meta}).items():
                 if value is None:

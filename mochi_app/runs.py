@@ -85,7 +85,8 @@ class Runs:
                     error=None,
                 ),
             )
-            self._metrics.started(job)
+            live.began = time.monotonic()
+            self._metrics.started(job, self._live.waits.seconds(job))
             log.info("started: attempt %d, %d steps", job.attempts, job.num_inference_steps)
             self._changed.beat()
             return await self._attempt(slot, job, live)
@@ -138,7 +139,7 @@ class Runs:
             ),
         )
         self._live.speeds.observe(job)
-        self._metrics.completed(job)
+        self._metrics.completed(job, time.monotonic() - live.began)
         log.info("completed in %.1f s", sum(done.seconds.values()))
         return True
 

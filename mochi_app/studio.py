@@ -131,6 +131,7 @@ class Studio:
     async def start(self) -> None:
         """Take over what an earlier process left, then bring up the slots."""
         await self._mender.take_over()
+        self.live.waits.begin(self.history.with_status(JobStatus.PENDING), time.time())
         self._learn_speeds()
         self._janitor = asyncio.create_task(self._keep_house(), name="janitor")
         self.backups.start()
@@ -264,6 +265,7 @@ class Studio:
             accepted = await self.history.add(record, drawn=drawn)
         finally:
             self._accepting.remove(job)
+        self.live.waits.since(accepted)
         self._queue_moved()
         return accepted
 
@@ -592,7 +594,8 @@ class Studio:
     def _next_job(self) -> Job | None:
         """The job to start now beside those that run, a ready slot provided."""
         fitting = [job for job in self.waiting if self._lack(job) is None]
-        return scheduling.next_job(fitting, self.live.speeds.run_seconds, self._running)
+        estimate, since = self.live.speeds.run_seconds, self.live.waits.since
+        return scheduling.next_job(fitting, estimate, self._running, since)
 
     @property
     def _running(self) -> list[Job]:

@@ -41,8 +41,8 @@ def outlived(job: Job, checkpoint_at: float, *, alone: bool) -> Job:
     held = None
     if deaths >= HELD_DEATHS:
         held = (
-            f"the server ended {deaths} times while this job ran, and it came no further;"
-            " retry_job tries it again, cancel_job gives it up"
+            f"the server ended {deaths} times while this job ran, and it came no further:"
+            " try it again (retry_job), or cancel it (cancel_job)"
         )
     return replace(
         job,

@@ -274,13 +274,15 @@ def serializer(key: bytes, purpose: str) -> URLSafeTimedSerializer:
 
 
 def signed(serializer: URLSafeTimedSerializer, cookie: str | None, seconds: int) -> Any:
-    """What was signed; None for anything that was not, or too long ago."""
+    """What was signed; None for anything that was not, or too long ago. One from so soon in the
+    future is good: it was signed before the clock was set back."""
     if not cookie or len(cookie) > MAX_COOKIE or not cookie.isascii():
         return None
     try:
-        return serializer.loads(cookie, max_age=seconds)
+        value, signed_at = serializer.loads(cookie, return_timestamp=True)
     except BadData:
         return None
+    return value if abs(time.time() - signed_at.timestamp()) <= seconds else None
 
 
 class Guard:

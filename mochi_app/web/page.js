@@ -376,7 +376,8 @@
   }
 
   function facts(job) {
-    const took = job.completed_processing_at - job.started_processing_at;
+    // Not the difference of two times: the server's clock may have been set in between.
+    const took = Object.values(job.seconds).reduce((sum, seconds) => sum + seconds, 0);
     const list = [
       ["Seed", String(job.seed)],
       ["Steps", String(job.num_inference_steps)],
@@ -484,7 +485,7 @@
 
     stageText(job) {
       if (job.status !== "PROCESSING") {
-        if (job.held) return "Waits for somebody to try it again";
+        if (job.held) return "";
         if (job.waits_for) return `Waiting for room: ${job.waits_for}`;
         return job.position ? `Place ${job.position} in the queue` : "Waiting for a slot";
       }
@@ -514,7 +515,7 @@
       } else if (job.status === "COMPLETED" && job.poster_url) {
         this.once("media", `poster ${job.poster_url} ${job.video_missing}`, () => this.showEvicted(job));
       } else {
-        const key = ended(job) ? `none ${job.status}` : "wait";
+        const key = ended(job) || job.held ? `none ${job.status}` : "wait";
         this.once("media", key, () => this.showNone(job));
       }
     }
@@ -547,7 +548,8 @@
     showNone(job) {
       const text = { FAILED: "No video: the job failed", CANCELLED: "Stopped before its end" };
       const waiting = h("span", { className: "m-breath", "aria-hidden": "true" });
-      this.media.replaceChildren(ended(job) ? note(text[job.status] ?? "No video") : waiting);
+      if (job.held) this.media.replaceChildren(note("Held until somebody tries it again"));
+      else this.media.replaceChildren(ended(job) ? note(text[job.status] ?? "No video") : waiting);
     }
   }
 
