@@ -158,8 +158,8 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On SIGTERM or SIGINT: no new jobs, streams end, then uvicorn shuts down."""
-        log.info("%s: stopping", signal.Signals(sig).name)
         self._studio.begin_stop()
+        log.info("%s: stopping", signal.Signals(sig).name)
         super().handle_exit(sig, frame)
 
 

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import re
 import shutil
@@ -232,8 +233,17 @@ class Backups:
     Used on one event loop. A failure is logged and kept in `problem` until a backup succeeds.
     """
 
-    def __init__(self, data_dir: Path, *, hours: float, kept: int) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        hours: float,
+        kept: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.problem: str | None = None
+        self._clock = clock
+        self._seen: tuple[Path, float] | None = None  # the newest, and when it was made
         self._data_dir = data_dir
         self._hours = hours
         self._kept = kept
@@ -272,11 +282,22 @@ class Backups:
         """Make one if the newest is old enough and lacks something."""
         sentinel = Sentinel.read(self._data_dir / "history") or Sentinel()
         newest = next(iter(list_backups(self._data_dir, sentinel.store)), None)
-        if newest is not None and 0 <= time.time() - newest.made_at < self._hours * 3600:
+        if newest is not None and self._age(newest) < self._hours * 3600:
             return
         if sentinel.writes <= (newest.writes if newest else 0):
             return
         with contextlib.suppress(CalledOff):
             made = make_backup(self._data_dir, self._stopping.is_set)
             gone = rotate(self._data_dir, made.store, self._kept)
+            self._seen = made.path, self._clock()
             log.info("history backed up to %s; %d older ones removed", made.path.name, len(gone))
+
+    def _age(self, newest: Backup) -> float:
+        """Seconds since the newest backup was made, by a clock that nobody sets; by the wall clock
+        where it was there before this server. One of the future may be of any age."""
+        if self._seen is None:
+            age = time.time() - newest.made_at
+            self._seen = newest.path, self._clock() - (age if age >= 0 else math.inf)
+        elif self._seen[0] != newest.path:  # by hand, meanwhile
+            self._seen = newest.path, self._clock()
+        return self._clock() - self._seen[1]

@@ -33,6 +33,7 @@ from mochi_app.record_store import (
     RecordStore,
     Rows,
     request_row,
+    uptime_of,
 )
 
 __all__ = ["History", "HistoryError", "HistoryLocked", "JobPage", "JobQuery", "RecordDisk"]
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 MAX_BATCH = 100  # writes in one transaction; bounds the time the event loop spends on them
 HEAL_SECONDS = 1.0  # between tries to write to a store that refused
+UPTIME_SECONDS = 600.0  # that a kill may take off the uptime
 FIXED = ("id", "owner", "request_id", "parent_id", "prompt")  # told at submit, indexed once
 
 T = TypeVar("T")
@@ -148,6 +150,28 @@ class History:
         await self._run(self._store.close, len(self._index))
         self._thread.shutdown(wait=False)
 
+    def begin_end(self) -> None:
+        """The server was told to end: should it be killed before it has, no job is to blame. May
+        be called by a signal's handler."""
+        self._store.begin_end()
+
+    @property
+    def uptime(self) -> float:
+        """Seconds that servers have had this history open, all of them together: a clock that
+        nobody sets, for what must last over restarts."""
+        return self._store.uptime
+
+    async def keep_uptime(self) -> None:
+        """Write the uptime down, now and then. Raises HistoryError."""
+        if self.uptime - uptime_of(self._store.meta) >= UPTIME_SECONDS:
+            await self._write(self._touch)
+
+    @property
+    def server_died(self) -> bool:
+        """Whether the server before this one was killed, or lost its power, without having been
+        told to end. What a restore put in place tells of no death."""
+        return self._store.died
+
     def __len__(self) -> int:
         return len(self._index)
 
@@ -185,6 +209,10 @@ class History:
         """How many jobs are in this state and not in the trash."""
         return self.counts()[status]
 
+    def held(self) -> int:
+        """How many PENDING jobs are held and not in the trash. From any thread."""
+        return self._index.held
+
     def counts(self) -> dict[JobStatus, int]:
         """Jobs by status, without the trash."""
         return self._index.counts()
@@ -196,12 +224,13 @@ class History:
     async def add(self, job: Job, *, drawn: frozenset[str] = frozenset()) -> Job:
         """Keep a new job, and its request_id with it.
 
-        When the owner used that request_id before, the job it made is returned instead, even from
-        the trash, provided that the request is the same. Fields in `drawn` were not given by the
-        caller (a seed drawn for them) and are left out of the comparison.
+        When the owner used that request_id before, the job it made is returned instead, provided
+        that the request is the same. Fields in `drawn` were not given by the caller (a seed drawn
+        for them) and are left out of the comparison.
 
         Raises:
-            Conflict: the request_id was used for another request; the message names the fields.
+            Conflict: the request_id was used for another request; the message names the fields. Or
+                the job it made is in the trash, where no other call would know it.
             HistoryError: nothing was written.
         """
 
@@ -355,7 +384,7 @@ def same_request(earlier: Job, job: Job, drawn: frozenset[str]) -> Job:
     """`earlier` if it was asked for with the same parameters as `job`, but for those in `drawn`.
 
     Raises:
-        Conflict: it was not; the message names the fields.
+        Conflict: it was not; the message names the fields. Or it is in the trash.
     """
     compared = [name for name in REQUEST_FIELDS if name not in drawn]
     differing = [name for name in compared if getattr(earlier, name) != getattr(job, name)]
@@ -363,6 +392,11 @@ def same_request(earlier: Job, job: Job, drawn: frozenset[str]) -> Job:
         raise Conflict(
             f"request_id: {shown(job.request_id)} made job {earlier.id} with another "
             f"{', '.join(differing)}, expected the same parameters or a new request_id"
+        )
+    if earlier.deleted_at is not None:
+        raise Conflict(
+            f"request_id: {shown(job.request_id)} made job {earlier.id}, which is in the trash:"
+            " restore_job takes it out of it; or use a new request_id"
         )
     return earlier
 

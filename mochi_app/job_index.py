@@ -35,7 +35,7 @@ _STATUSES = tuple(JobStatus)
 _STATUS_CODE = {status: code for code, status in enumerate(_STATUSES)}
 
 # Flags of a job, one byte.
-_GONE, _TRASHED, _STARRED, _ENHANCE, _VIDEO = 1, 2, 4, 8, 16
+_GONE, _TRASHED, _STARRED, _ENHANCE, _VIDEO, _HELD = 1, 2, 4, 8, 16, 32
 
 Bools = NDArray[np.bool_]
 RequestKey = tuple[str, str]
@@ -62,6 +62,7 @@ class JobQuery:
     text: str = ""
     starred: bool | None = None
     kind: str | None = None
+    held: bool | None = None
     deleted: bool = False
     page: int = 1
     page_size: int = 24
@@ -98,6 +99,7 @@ class JobIndex:
         self._status = bytearray()
         self._flags = bytearray()
         self._counts = [0] * len(_STATUSES)  # jobs by status code, without the trash
+        self.held = 0  # jobs, without the trash
         self._uses: dict[str, array[int]] = {}  # word -> ascending ordinals
         self._vocabulary: list[str] | None = None  # sorted; None while building
         self._children: dict[str, list[str]] = {}  # parent id -> ascending ids
@@ -211,19 +213,23 @@ class JobIndex:
             | (_STARRED if job.starred else 0)
             | (_ENHANCE if job.enhanced else 0)
             | (_VIDEO if job.video is not None and job.evicted_at is None else 0)
+            | (_HELD if job.held is not None else 0)
         )
         self._count(ordinal, 1)
 
     def _count(self, ordinal: int, by: int) -> None:
-        """Let `counts` follow the columns of a job that is neither gone nor in the trash."""
+        """Let `counts` and `held` follow the columns of a job, neither gone nor in the trash."""
         if not self._flags[ordinal] & (_GONE | _TRASHED):
             self._counts[self._status[ordinal]] += by
+            self.held += by if self._flags[ordinal] & _HELD else 0
 
     # Questions
 
     def page(self, query: JobQuery) -> JobPage:
         """One page of the jobs that `query` describes, newest first."""
-        fit = self._fit(starred=query.starred, kind=query.kind, trashed=query.deleted)
+        fit = self._fit(
+            starred=query.starred, kind=query.kind, held=query.held, trashed=query.deleted
+        )
         if query.status is not None:
             fit &= self._has_status(query.status)
         if query.text.strip():
@@ -266,6 +272,7 @@ class JobIndex:
         starred: bool | None = None,
         kind: str | None = None,
         video: bool | None = None,
+        held: bool | None = None,
         trashed: bool = False,
     ) -> Bools:
         """Which ordinals have these flags; None means either."""
@@ -274,6 +281,7 @@ class JobIndex:
             _TRASHED: trashed,
             _STARRED: starred,
             _VIDEO: video,
+            _HELD: held,
             _ENHANCE: None if kind is None else kind == "enhance",
         }
         mask = reduce(or_, (flag for flag, wish in wanted.items() if wish is not None))

@@ -267,7 +267,10 @@ class Job:
 
     `video` and `poster` are file names inside their folders, set once the file is in place.
     `deaths` says how slots died of the job with no new checkpoint in between, and `checkpoint_at`
-    is the time of the checkpoint that there was at the last of them, 0 for none.
+    is the time of the checkpoint that there was at the last of them, 0 for none. `server_deaths`
+    counts those of the server likewise; a `suspect` runs alone since the first; `held` says why a
+    PENDING job waits for a person and takes no turn (`suspects.py`). `deleted_uptime` is the
+    history's uptime at the delete: `deleted_at` is for people, as their clock may have been wrong.
     `resumed_step` is the step after which the run went on that made the video. `cancel_requested`
     says that somebody wants an end of it: whoever finds it not running cancels it.
     """
@@ -302,6 +305,7 @@ class Job:
     note: str = ""
     safety: str | None = None
     deleted_at: float | None = None
+    deleted_uptime: float | None = None
     evicted_at: float | None = None
     model: str = ""
     slot: int | None = None
@@ -311,6 +315,9 @@ class Job:
     poster: str | None = None
     deaths: Sequence[str] = field(default_factory=list)
     checkpoint_at: float = 0.0
+    server_deaths: int = 0
+    suspect: bool = False
+    held: str | None = None
     resumed_step: int = 0
     cancel_requested: bool = False
 
@@ -331,14 +338,18 @@ class Job:
         return self.num_inference_steps * self.height * self.width * self.num_frames
 
     def moved(self, status: JobStatus, **changes: Any) -> Job:
-        """This job in `status`, with `changes`.
+        """This job in `status`, with `changes`. Nothing holds one that ends, and nothing counts
+        against one that is made.
 
         Raises:
             Conflict: the life of a job has no such move.
         """
         if status not in NEXT[self.status]:
             raise Conflict(f"job {self.id} is {self.status}: it cannot become {status}")
-        return replace(self, status=status, **changes)
+        kept: dict[str, Any] = {"held": None} if status.terminal else {}
+        if status is JobStatus.COMPLETED:
+            kept |= {"server_deaths": 0, "suspect": False}
+        return replace(self, status=status, **(kept | changes))
 
     def to_record(self) -> dict[str, Any]:
         """A JSON-ready dict of every field."""

@@ -14,6 +14,7 @@ from mochi_app import scheduling
 from mochi_app.engine.pool import Pool
 from mochi_app.history import History
 from mochi_app.jobs import Job, JobStatus
+from mochi_app.waits import Waits
 
 RECENT_SECONDS = 30.0  # how long a finished job stays in the live state
 
@@ -28,6 +29,7 @@ class Live:
     resumed_step: int = 0
     step_seconds: float | None = None
     stage_began: float = 0.0
+    began: float = 0.0  # time.monotonic(), as it became PROCESSING
     tiles: tuple[int, int] = (0, 0)  # decoded, of all
     image: str | None = None
     cancel_requested: bool = False
@@ -54,6 +56,7 @@ class LiveJobs:
         self.claimed: set[str] = set()
         self.jobs: dict[str, Live] = {}
         self.speeds = scheduling.Speeds()
+        self.waits = Waits()
         self._history = history
         self._pool = pool
         self._waiting = waiting
@@ -83,6 +86,8 @@ class LiveJobs:
 
     def forget_ended(self) -> None:
         """Drop what ended a while ago, or was removed."""
+        waiting = self._history.with_status(JobStatus.PENDING, JobStatus.PROCESSING)
+        self.waits.keep({job.id for job in waiting})
         limit = time.monotonic() - RECENT_SECONDS
         for job_id, live in list(self.jobs.items()):
             if live.ended_at is not None and live.ended_at < limit:
@@ -94,6 +99,7 @@ class LiveJobs:
         place = self._place(job)
         there = job.status is JobStatus.COMPLETED and job.deleted_at is None
         done = job.status is JobStatus.COMPLETED
+        waits = job.status is JobStatus.PENDING and job.held is None
         missing = there and job.evicted_at is None and not self._has_video(job.id)
         video = there and job.evicted_at is None and not missing
         return job.to_record() | {
@@ -107,7 +113,7 @@ class LiveJobs:
             "cancel_requested": self.cancelling(job),
             "position": place.position if place else None,
             "eta_seconds": self._eta(job, live, place),
-            "waits_for": self._lacks(job) if job.status is JobStatus.PENDING else None,
+            "waits_for": self._lacks(job) if waits else None,
             "video_missing": missing,
             "video_url": f"/files/{job.id}" if video else None,
             "poster_url": f"/files/{job.id}/poster" if there and job.poster else None,
@@ -134,20 +140,26 @@ class LiveJobs:
         key = (self._moves, int(time.monotonic() * 2))
         if key != self._places_key:
             self._places = scheduling.places(
-                self._waiting(), self._busy_seconds(), self.speeds.run_seconds
+                self._waiting(), self._busy_seconds(), self.speeds.run_seconds, self.waits.since
             )
             self._places_key = key
         return self._places
 
     def _busy_seconds(self) -> list[float | None]:
+        """Until each slot that has a model is free; beside a suspect nothing starts."""
         seconds: list[float | None] = []
+        alone = False
         for supervised in self._pool.slots:
             job_id = supervised.slot.job_id
             job = self._history.get(job_id) if job_id else None
             if job is not None:
                 seconds.append(self._eta(job, self.jobs.get(job.id), None))
+                alone = alone or job.suspect
             elif supervised.ready:
                 seconds.append(0.0)
+        if alone:
+            known = [value for value in seconds if value is not None]
+            return [max(known) if len(known) == len(seconds) else None] * len(seconds)
         return seconds
 
     def _eta(self, job: Job, live: Live | None, place: scheduling.Place | None) -> float | None:
@@ -174,7 +186,8 @@ class LiveJobs:
             shown[job.id] = job
         return {
             "slots": [slot.describe() for slot in self._pool.slots],
-            "pending": self._history.count(JobStatus.PENDING),
+            "pending": self._history.count(JobStatus.PENDING) - self._history.held(),
+            "held": self._history.held(),
             "processing": self._history.count(JobStatus.PROCESSING),
             "jobs": [self.view(job) | {"image": self.image(job.id)} for job in shown.values()],
         }

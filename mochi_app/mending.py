@@ -16,6 +16,7 @@ from mochi_app.jobs import Job, JobStatus
 from mochi_app.media import MediaStore
 from mochi_app.pulse import Pulse
 from mochi_app.runs import interrupted, withdrawn
+from mochi_app.suspects import outlived
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +35,14 @@ class Mender:
     async def take_over(self) -> None:
         """At the start: go on where an earlier server left off, and have each file be where its
         record says."""
+        running = {job.id for job in self._history.with_status(JobStatus.PROCESSING)}
         for job in self._history.with_status(JobStatus.CREATED):
             await self._history.update(job.id, lambda job: job.moved(JobStatus.PENDING))
         for job_id in self._media.job_ids():  # made since, when the record is an older copy's
             found = self._history.get(job_id)
             if found is not None and found.status is JobStatus.PENDING:
                 await self._history.update(job_id, lambda job: job.moved(JobStatus.PROCESSING))
-        await self.mend()
+        await self.mend(running if self._history.server_died else frozenset())
         going_on = {job.id for job in self._history.with_status(JobStatus.PENDING)}
         await asyncio.to_thread(self._media.sweep_checkpoints, going_on)
         for job_id in {*self._media.job_ids(), *self._media.withheld_ids()}:
@@ -85,9 +87,10 @@ class Mender:
         if missing:
             log.error("the videos of %d jobs are gone from the disk: %s", len(missing), missing[:5])
 
-    async def mend(self) -> None:
+    async def mend(self, died_with: Collection[str] = ()) -> None:
         """Put right the jobs that are running, or to be cancelled, on paper only: their server
-        died, or the record of their end could not be written."""
+        died, or the record of their end could not be written. `died_with` are the ids of those
+        that ran when the server died: suspects."""
         open_jobs = self._history.with_status(JobStatus.PENDING, JobStatus.PROCESSING)
         for job_id in [job.id for job in open_jobs]:
             job = self._history.get(job_id)  # as it is by now: the others took their time
@@ -102,12 +105,26 @@ class Mender:
             elif job.cancel_requested:
                 log.info("job %s: interrupted, and cancelled as was asked", job.id)
                 job = await self._history.update(job.id, withdrawn)
+            elif job.id in died_with:
+                job = await self._suspected(job.id, alone=len(died_with) == 1)
             else:
                 log.info("job %s: interrupted, queued again", job.id)
                 job = await self._history.update(job.id, interrupted)
             if job.status.terminal:
                 await asyncio.to_thread(self._media.remove_checkpoint, job.id)
             self._changed.beat()
+
+    async def _suspected(self, job_id: str, *, alone: bool) -> Job:
+        """Back to the queue, or held: the server died while the job ran, `alone` or not."""
+        checkpoint_at = await asyncio.to_thread(self._media.checkpoint_time, job_id)
+        job = await self._history.update(
+            job_id, lambda job: outlived(interrupted(job), checkpoint_at, alone=alone)
+        )
+        if job.held is None:
+            log.warning("job %s: the server ended while it ran; queued again, to run alone", job.id)
+        else:
+            log.error("job %s is held: %s", job.id, job.held)
+        return job
 
     def _adopted(self, job: Job) -> Job:
         video, poster = self._media.video_path(job.id), self._media.poster_path(job.id)

@@ -25,7 +25,9 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(Now(history, media, shelf, pool))
         self._wait = Histogram(
-            "mochi_job_wait_seconds", "From the submit to the first start.", ["kind"],
+            "mochi_job_wait_seconds",
+            "From the submit, or the server's start if that was later, to the first start.",
+            ["kind"],
             buckets=WAIT_BUCKETS, registry=self._registry,
         )  # fmt: skip
         self._run = Histogram(
@@ -37,16 +39,14 @@ class Metrics:
             buckets=STEP_BUCKETS, registry=self._registry,
         )  # fmt: skip
 
-    def started(self, job: Job) -> None:
-        """A job that has just become PROCESSING."""
-        if job.attempts == 1 and job.started_processing_at is not None:
-            self._wait.labels(job.kind).observe(job.started_processing_at - job.submitted_at)
+    def started(self, job: Job, waited: float) -> None:
+        """A job that has just become PROCESSING, and the seconds that it waited."""
+        if job.attempts == 1:
+            self._wait.labels(job.kind).observe(waited)
 
-    def completed(self, job: Job) -> None:
-        """A job that has just become COMPLETED."""
-        if job.started_processing_at is not None and job.completed_processing_at is not None:
-            seconds = job.completed_processing_at - job.started_processing_at
-            self._run.labels(job.kind).observe(seconds)
+    def completed(self, job: Job, ran: float) -> None:
+        """A job that has just become COMPLETED, and the seconds of its last attempt."""
+        self._run.labels(job.kind).observe(ran)
 
     def stepped(self, seconds: float) -> None:
         """A step is done."""
@@ -68,12 +68,13 @@ class Now(Collector):
 
     def collect(self) -> list[Metric]:
         """The metrics of this moment."""
-        counts = self._history.counts()
+        counts, held = self._history.counts(), self._history.held()
         jobs = GaugeMetricFamily("mochi_jobs", "Jobs in the history.", labels=["status"])
         for status in JobStatus:
             jobs.add_metric([status.lower()], counts.get(status, 0))
         sizes = {
-            "mochi_queue_length": ("Jobs that wait.", counts.get(JobStatus.PENDING, 0)),
+            "mochi_queue_length": ("Jobs that wait.", counts.get(JobStatus.PENDING, 0) - held),
+            "mochi_jobs_held": ("Jobs that wait for a person to try them again.", held),
             "mochi_videos_bytes": ("Bytes of all videos.", self._media.total_bytes()),
             "mochi_quota_bytes": ("Room for videos, in bytes.", self._shelf.quota_bytes),
             "mochi_disk_free_bytes": ("Free on the data disk.", self._media.free_bytes()),

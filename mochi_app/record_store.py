@@ -233,11 +233,13 @@ def explained(what: str, mend: Callable[[], None] = lambda: None) -> Iterator[No
 
 @dataclass(frozen=True, slots=True)
 class Sentinel:
-    """What `store.json` says: identity, jobs at the last start or end, changes ever made."""
+    """What `store.json` says: identity, jobs at the last start or end, changes ever made, whether
+    a server serves it that has not begun to end."""
 
     store: str | None = None
     jobs: int | None = None
     writes: int = 0
+    serving: bool = False
 
     @classmethod
     def read(cls, folder: Path) -> Sentinel | None:
@@ -250,11 +252,16 @@ class Sentinel:
         except (ValueError, TypeError, KeyError, AttributeError):
             return cls()
         good = isinstance(store, str) and isinstance(jobs, int | None) and isinstance(writes, int)
-        return cls(store, jobs, writes) if good else cls()
+        return cls(store, jobs, writes, said.get("serving") is True) if good else cls()
 
     def content(self) -> bytes:
         """The file's content, always of one length."""
-        said = {"store": self.store, "jobs": self.jobs, "writes": self.writes}
+        said = {
+            "store": self.store,
+            "jobs": self.jobs,
+            "writes": self.writes,
+            "serving": self.serving,
+        }
         return orjson.dumps(said).ljust(SENTINEL_BYTES) + b"\n"
 
 
@@ -325,6 +332,12 @@ def read_meta(database: sqlite3.Connection, folder: Path) -> Record:
     return meta if isinstance(meta, dict) and isinstance(meta.get("store"), str) else {}
 
 
+def uptime_of(meta: Record) -> float:
+    """The uptime that was written down last; 0 when none was."""
+    said = meta.get("uptime")
+    return float(said) if isinstance(said, int | float) else 0.0
+
+
 def read_jobs(database: sqlite3.Connection, folder: Path) -> JobIndex:
     """Every job of the store.
 
@@ -380,7 +393,7 @@ def check_whole(meta: Record, sentinel: Sentinel | None, path: Path) -> None:
 class RecordStore:
     """The database of one data folder, and its lock. Every method blocks; one thread uses it."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._data_dir = data_dir
         self._folder = data_dir / "history"
         self._lock: int | None = None
@@ -388,6 +401,11 @@ class RecordStore:
         self._sentinel: int | None = None  # open descriptor of store.json
         self._jobs = 0  # at the last start or end
         self._checkpointed_at = 0.0
+        self._clock = clock
+        self._opened_at = 0.0
+        self._uptime = 0.0  # when it was opened
+        self._serving = False
+        self.died = False  # the server before: it had not begun to end
         self.meta: Record = {}
 
     def open(self) -> JobIndex:
@@ -415,6 +433,7 @@ class RecordStore:
                     sqlite_mmap_size=0,  # an unreadable page is an error, not a SIGBUS
                 )
                 self._jobs = len(index)
+                self._uptime, self._opened_at = uptime_of(self.meta), self._clock()
                 self.write({META: self.meta})
                 self._begin_sentinel()
                 return index
@@ -424,10 +443,26 @@ class RecordStore:
 
     def close(self, jobs: int | None = None) -> None:
         """Close the database and give the lock back. `jobs` is how many records there are."""
+        self._serving = False
         if self._cache is not None and jobs is not None:
             self._jobs = jobs
+            with contextlib.suppress(HistoryError):
+                self.write({META: self.meta})  # its uptime
             self._follow()
         self._release()
+
+    def begin_end(self) -> None:
+        """Have it known that this server ends because it was told to, should it be killed before
+        it has. From any thread, also in the midst of a write."""
+        if self._serving:  # else the file may be about to be closed
+            self._serving = False
+            self._follow()
+
+    @property
+    def uptime(self) -> float:
+        """Seconds that servers have had this store open, all of them together; no clock on the
+        wall has a part in it. The last ten minutes or so of a killed one may be missing."""
+        return self._uptime + self._clock() - self._opened_at
 
     def write(self, rows: Rows) -> None:
         """Write these rows, or none of them; None deletes.
@@ -438,6 +473,7 @@ class RecordStore:
         changes = sum(key.startswith(JOB) for key in rows)
         meta = {**self.meta, **self._meta_of(rows)}
         meta["writes"] = self.meta.get("writes", 0) + changes
+        meta["uptime"] = round(self.uptime, 1)
         with self._explained("write to the history"), self._cache.transact(retry=False):
             for key, value in (rows | {META: meta}).items():
                 if value is None:
@@ -467,19 +503,23 @@ class RecordStore:
 
     def _begin_sentinel(self) -> None:
         path = self._folder / SENTINEL
+        self._serving = True
         replace_file(path, self._said().content())
         self._sentinel = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
     def _said(self) -> Sentinel:
-        return Sentinel(self.meta["store"], self._jobs, self.meta.get("writes", 0))
+        writes = self.meta.get("writes", 0)
+        return Sentinel(self.meta["store"], self._jobs, writes, self._serving)
 
     def _follow(self) -> None:
         """Let the sentinel say what has been committed: after the commit, so that it is never
         ahead of the database. It is not flushed: it outlives the process, and after a power loss
         it lags behind a little, which is no false alarm. A failure has the same effect."""
-        if self._sentinel is not None:
+        said = None
+        while self._sentinel is not None and said != self._said():  # it may change meanwhile
+            said = self._said()
             with contextlib.suppress(OSError):
-                os.pwrite(self._sentinel, self._said().content(), 0)
+                os.pwrite(self._sentinel, said.content(), 0)
 
     def _checkpoint(self) -> None:
         """Now and then, move what was committed from cache.db-wal into cache.db."""
@@ -520,6 +560,7 @@ class RecordStore:
         """Check the database before diskcache opens it, then read every job."""
         path = self._folder / DATABASE
         sentinel = Sentinel.read(self._folder)
+        self.died = sentinel is not None and sentinel.serving
         if not path.exists():
             check_whole({}, sentinel, path)
             check_nothing_left(self._data_dir, path)

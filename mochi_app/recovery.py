@@ -370,9 +370,9 @@ def follow_videos(media: MediaStore, index: JobIndex) -> tuple[Rows, Followed]:
             followed.strange.append(f"{path.name} ({error})")
             continue
         if job_id in present:
-            job = replace(job, deleted_at=None)
+            job = replace(job, deleted_at=None, deleted_uptime=None)
         elif job.deleted_at is None:
-            job = replace(job, deleted_at=time.time())
+            job = replace(job, deleted_at=time.time(), deleted_uptime=None)
         if job != index.get(job_id):
             poster = media.poster_path(job_id)
             changed.append(replace(job, video=path.name, poster=poster.name if poster else None))
@@ -402,7 +402,13 @@ def followed_job(job_id: str, path: Path, job: Job | None, followed: Followed) -
 def finished(job: Job, at: float) -> Job:
     """A job that waited when the copy was made and was done since."""
     return replace(
-        job, status=JobStatus.COMPLETED, completed_processing_at=at, attempts=max(1, job.attempts)
+        job,
+        status=JobStatus.COMPLETED,
+        completed_processing_at=at,
+        attempts=max(1, job.attempts),
+        server_deaths=0,
+        suspect=False,
+        held=None,
     )
 
 

@@ -28,6 +28,7 @@ from mochi_app.pulse import Pulse
 from mochi_app.room import DISK_FULL
 from mochi_app.settings import ModelDefaults, Patience, Settings
 from mochi_app.shelf import Shelf
+from mochi_app.suspects import advanced, cleared
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ class Runs:
                     error=None,
                 ),
             )
-            self._metrics.started(job)
+            live.began = time.monotonic()
+            self._metrics.started(job, self._live.waits.seconds(job))
             log.info("started: attempt %d, %d steps", job.attempts, job.num_inference_steps)
             self._changed.beat()
             return await self._attempt(slot, job, live)
@@ -137,7 +139,7 @@ class Runs:
             ),
         )
         self._live.speeds.observe(job)
-        self._metrics.completed(job)
+        self._metrics.completed(job, time.monotonic() - live.began)
         log.info("completed in %.1f s", sum(done.seconds.values()))
         return True
 
@@ -212,11 +214,11 @@ class Runs:
             await self._record(job.id, interrupted)
             return
         checkpoint_at = await asyncio.to_thread(self._media.checkpoint_time, job.id)
-        advanced = checkpoint_at not in (0, job.checkpoint_at)
-        before = [] if advanced else job.deaths
+        if advanced(job, checkpoint_at):
+            job = await self._record(job.id, cleared)
         reason = without_folders(reason)
         where = f"at step {live.step} of {job.num_inference_steps}: {reason}"
-        deaths = [*before, where[:MAX_REASON_CHARS]]
+        deaths = [*job.deaths, where[:MAX_REASON_CHARS]]
         if len(deaths) >= POISON_DEATHS:
             times = f"{len(deaths)} slots died of it and it came no further"
             await self._fail(job, f"poison: {times}; " + "; ".join(deaths))

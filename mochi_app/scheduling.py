@@ -1,15 +1,16 @@
 """Who is next, at which place, and when it will be done. Pure functions of plain data.
 
-Order: a job is due at its submit time plus `PATIENCE` times its own estimated run time; the
+Order: a job is due when it came plus `PATIENCE` times its own estimated run time; the
 earliest due goes first. Among equals that is first come, first served. A short job overtakes a long
 one, but only for a while: what comes later is due later, so nothing starves. A job that was
-interrupted had its turn already and goes before all that have not.
+interrupted had its turn already and goes before all that have not. A suspect (`suspects.py`) runs
+alone: when it is next it waits for what runs, and nothing starts meanwhile or beside it.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from mochi_app.jobs import Job
@@ -96,28 +97,48 @@ def patience(job: Job, speeds: Speeds, timeouts: Patience, usual_volume: int) ->
 
 
 Estimate = Callable[[Job], float | None]
+Since = Callable[[Job], float]
 
 
-def due(job: Job, estimate: Estimate) -> tuple[bool, float, str]:
-    """Sort key of a waiting job: interrupted ones first, then the moment it is due, then its id."""
+def submitted(job: Job) -> float:
+    """When the job came, by a clock on the wall that is never set."""
+    return job.submitted_at
+
+
+def due(job: Job, estimate: Estimate, since: Since = submitted) -> tuple[bool, float, str]:
+    """Sort key of a waiting job: interrupted ones first, then the moment it is due, then its id.
+
+    `since` tells when a job came, in seconds of any clock (`waits.py`).
+    """
     fresh = job.started_processing_at is None
-    return (fresh, job.submitted_at + PATIENCE * (estimate(job) or 0.0), job.id)
+    return (fresh, since(job) + PATIENCE * (estimate(job) or 0.0), job.id)
 
 
-def next_job(pending: Iterable[Job], estimate: Estimate) -> Job | None:
-    """The job to start now."""
-    return min(pending, key=lambda job: due(job, estimate), default=None)
+def next_job(
+    pending: Iterable[Job],
+    estimate: Estimate,
+    running: Collection[Job] = (),
+    since: Since = submitted,
+) -> Job | None:
+    """The job to start now beside those that are `running`, if any is to."""
+    if any(job.suspect for job in running):
+        return None
+    job = min(pending, key=lambda job: due(job, estimate, since), default=None)
+    return None if job is not None and job.suspect and running else job
 
 
 def places(
-    pending: Iterable[Job], busy_seconds: Sequence[float | None], estimate: Estimate
+    pending: Iterable[Job],
+    busy_seconds: Sequence[float | None],
+    estimate: Estimate,
+    since: Since = submitted,
 ) -> dict[str, Place]:
     """Place and ETA of every waiting job, by id.
 
     `busy_seconds` has one entry per slot that has a model: seconds until it is free, 0 when idle,
     None when that is not known, in which case no ETA is.
     """
-    ordered = sorted(pending, key=lambda job: due(job, estimate))
+    ordered = sorted(pending, key=lambda job: due(job, estimate, since))
     known = bool(busy_seconds) and None not in busy_seconds
     free_at = [seconds for seconds in busy_seconds if seconds is not None]
     heapq.heapify(free_at)
@@ -128,7 +149,11 @@ def places(
         if not known or seconds is None:
             result[job.id] = Place(position, None)
             continue
-        done_at = heapq.heappop(free_at) + seconds
-        heapq.heappush(free_at, done_at)
+        if job.suspect:  # alone
+            done_at = max(free_at) + seconds
+            free_at = [done_at] * len(free_at)
+        else:
+            done_at = heapq.heappop(free_at) + seconds
+            heapq.heappush(free_at, done_at)
         result[job.id] = Place(position, done_at)
     return result

@@ -242,7 +242,8 @@ class Settings(BaseSettings):
         default=24,
         ge=0,
         allow_inf_nan=False,
-        description="Hours a deleted job can be restored before its files are removed for good.",
+        description="Hours of a running server in which a deleted job can be restored; "
+        "then its files are removed for good.",
     )
     backup_hours: float = Field(
         default=24,

@@ -1,6 +1,10 @@
 """What is kept of finished jobs: the trash, and the quota of the videos.
 
 A record and its files change together, under one lock; files go before the record that names them.
+
+How long a job has been in the trash is counted by the history's uptime, not by the clock: what is
+purged is gone for good, a clock may be set forward and back, and one that is wrong at a restart
+would empty the whole trash. So its hours are those in which a server ran.
 """
 
 from __future__ import annotations
@@ -42,42 +46,61 @@ class Shelf:
         if not job.status.terminal:
             raise Conflict(f"job {job.id} is {job.status}: cancel it before deleting it")
         async with self._changing:
-            job = await self._history.update(
-                job.id, lambda job: replace(job, deleted_at=job.deleted_at or time.time())
-            )
+            job = await self._history.update(job.id, self._trashed)
             await asyncio.to_thread(self._media.withhold, job.id)
         self._changed.beat()
         return job
 
+    def _trashed(self, job: Job) -> Job:
+        if job.deleted_at is not None:
+            return job
+        return replace(job, deleted_at=time.time(), deleted_uptime=self._history.uptime)
+
     async def restore(self, job_id: Any) -> Job:
-        """Undo a delete.
+        """Undo a delete; a job that is not in the trash is returned as it is.
 
         Raises:
-            NotFound: the trash has no such job (any more).
+            NotFound: there is no such job (any more).
         """
         async with self._changing:
             job = self._history.get(parse_job_id(job_id))
-            if job is None or job.deleted_at is None:
+            if job is None:
                 raise NotFound(f"job_id: the trash has no such job: {job_id}")
+            if job.deleted_at is None:
+                return job
             await asyncio.to_thread(self._media.unwithhold, job.id)
-            job = await self._history.update(job.id, lambda job: replace(job, deleted_at=None))
+            job = await self._history.update(job.id, restored)
         self._changed.beat()
         return job
 
     async def empty_trash(self, older_than_hours: float = 0.0) -> int:
-        """Remove deleted jobs for good, files first; returns how many."""
-        # What was deleted "in the future", before the clock was set back, goes with all
-        limit = time.time() - older_than_hours * 3600 if older_than_hours else math.inf
+        """Remove jobs for good, files first, that have been in the trash for so many hours of
+        uptime; returns how many."""
+        limit = math.inf
+        if older_than_hours:
+            await self._begin_to_count()
+            limit = self._history.uptime - older_than_hours * 3600
         purged = 0
         for job in self._history.trashed():
             async with self._changing:
                 purged += await self._purge(job.id, limit)
         return purged
 
+    async def _begin_to_count(self) -> None:
+        """Let the hours begin now for what an earlier version, or a restore, put into the trash."""
+        now = self._history.uptime
+        trash = self._history.trashed()
+        for job in trash:
+            if job.deleted_uptime is None or job.deleted_uptime > now:
+                await self._history.update(job.id, lambda job: replace(job, deleted_uptime=now))
+        if trash:
+            await self._history.keep_uptime()
+
     async def _purge(self, job_id: str, limit: float) -> bool:
-        """Remove a job deleted before `limit`, unless it was restored or purged meanwhile."""
+        """Remove a job deleted before the uptime `limit`, unless it was restored or purged
+        meanwhile."""
         job = self._history.get(job_id)
-        if job is None or job.deleted_at is None or job.deleted_at > limit:
+        if job is None or job.deleted_at is None or (job.deleted_uptime or 0.0) > limit:
             return False
         try:
             await asyncio.to_thread(self._media.remove, job.id)
@@ -94,7 +117,7 @@ class Shelf:
             return await self._purge_next()
 
     async def _purge_next(self) -> bool:
-        for job in sorted(self._history.trashed(), key=lambda job: job.deleted_at or 0):
+        for job in sorted(self._history.trashed(), key=lambda job: job.deleted_uptime or 0):
             if await self._purge(job.id, math.inf):
                 return True
         return False
@@ -148,6 +171,11 @@ class Shelf:
             await self._history.update(job.id, lambda job: replace(job, evicted_at=None))
             return False
         return True
+
+
+def restored(job: Job) -> Job:
+    """Out of the trash."""
+    return replace(job, deleted_at=None, deleted_uptime=None)
 
 
 def evicted(job: Job) -> Job:

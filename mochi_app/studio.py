@@ -24,6 +24,7 @@ from mochi_app.engine.pool import Pool, SupervisedSlot
 from mochi_app.errors import without_folders
 from mochi_app.history import History, HistoryError, JobQuery
 from mochi_app.jobs import (
+    REQUEST_FIELDS,
     Conflict,
     GenerationRequest,
     Job,
@@ -49,6 +50,7 @@ from mochi_app.room import Room, video_bytes
 from mochi_app.runs import Runs, to_be_cancelled, withdrawn
 from mochi_app.settings import ModelDefaults, Settings
 from mochi_app.shelf import Shelf
+from mochi_app.suspects import released
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +131,7 @@ class Studio:
     async def start(self) -> None:
         """Take over what an earlier process left, then bring up the slots."""
         await self._mender.take_over()
+        self.live.waits.begin(self.history.with_status(JobStatus.PENDING), time.time())
         self._learn_speeds()
         self._janitor = asyncio.create_task(self._keep_house(), name="janitor")
         self.backups.start()
@@ -137,6 +140,7 @@ class Studio:
     def begin_stop(self) -> None:
         """Refuse new jobs and wake everybody who waits, so that streams can end."""
         self.stopping = True
+        self.history.begin_end()
         self.changed.beat()
 
     async def stop(self) -> None:
@@ -219,7 +223,10 @@ class Studio:
         if parent.enhanced:
             raise Conflict(f"job {parent.id} is an enhance: only a preview can be enhanced")
         if parent.status is not JobStatus.COMPLETED:
-            raise Conflict(f"job {parent.id} is {parent.status}: expected a COMPLETED preview")
+            held = f" and held: {parent.held}" if parent.held else ""
+            raise Conflict(
+                f"job {parent.id} is {parent.status}{held}: expected a COMPLETED preview"
+            )
         if parent.model != self.settings.model_name:
             raise Conflict(
                 f"job {parent.id} was made by {parent.model}, this server runs"
@@ -258,6 +265,7 @@ class Studio:
             accepted = await self.history.add(record, drawn=drawn)
         finally:
             self._accepting.remove(job)
+        self.live.waits.since(accepted)
         self._queue_moved()
         return accepted
 
@@ -268,7 +276,7 @@ class Studio:
     async def _require_room(self, job: Job) -> None:
         if self.stopping:
             raise RequestError("the server is stopping: ask again in a moment")
-        waiting = self.history.count(JobStatus.PENDING)
+        waiting = self.history.count(JobStatus.PENDING) - self.history.held()
         coming = sum(self.history.get(one.id) is None for one in self._accepting)
         if waiting + coming > self.settings.max_pending:
             raise RequestError(
@@ -285,8 +293,10 @@ class Studio:
             )
 
     def _accepted(self) -> list[Job]:
-        """All jobs whose video has yet to be written, also those that are just being accepted."""
-        jobs = self.history.with_status(JobStatus.PENDING, JobStatus.PROCESSING)
+        """All jobs whose video has yet to be written, also those that are just being accepted. A
+        held one is promised no room: tried again, it waits for some like any other."""
+        open_jobs = self.history.with_status(JobStatus.PENDING, JobStatus.PROCESSING)
+        jobs = [job for job in open_jobs if job.held is None]
         known = {job.id for job in jobs}
         return jobs + [job for job in self._accepting if job.id not in known]
 
@@ -297,19 +307,24 @@ class Studio:
 
     def _lack(self, job: Job) -> str | None:
         """Why the disk does not let a waiting job start beside those that run."""
-        running = (self.history.get(job_id) for job_id in self.live.claimed)
-        return self.room.lack(job, (one for one in running if one is not None))
+        return self.room.lack(job, self._running)
 
     def find(self, job_id: Any) -> Job:
         """The job, unless it is in the trash.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is none, or it is in the trash, as the message then says: to anybody,
+                as everybody can look into the trash.
             RequestError: this cannot be an id.
         """
         job = self.history.get(parse_job_id(job_id))
-        if job is None or job.deleted_at is not None:
+        if job is None:
             raise NotFound(f"job_id: no job has the id {job_id}")
+        if job.deleted_at is not None:
+            raise NotFound(
+                f"job_id: job {job.id} is in the trash: restore_job takes it out of it, until the"
+                " trash is emptied"
+            )
         return job
 
     def status(self, job_id: Any) -> dict[str, Any]:
@@ -341,6 +356,7 @@ class Studio:
         page_size: Any = 24,
         starred: bool | None = None,
         kind: str | None = None,
+        held: bool | None = None,
         deleted: bool = False,
     ) -> dict[str, Any]:
         """A page of jobs, newest first: `jobs`, `total`, `page`, `page_size`.
@@ -361,6 +377,7 @@ class Studio:
                 text=text("query", "" if query is None else query, least=0, most=MAX_QUERY_CHARS),
                 starred=starred,
                 kind=kind,
+                held=held,
                 deleted=deleted,
                 page=whole("page", page, least=1, most=10**9),
                 page_size=whole("page_size", page_size, least=1, most=MAX_PAGE_SIZE),
@@ -404,6 +421,33 @@ class Studio:
         await self._runs.drop_checkpoint(job.id)
         return job
 
+    async def retry(self, job_id: Any, *, by: Caller = HOUSE) -> Job:
+        """Try a job once more: a held one itself, with nothing that counts against it any more; in
+        place of one that failed or was cancelled, a new one of the caller's.
+
+        Raises:
+            Conflict: it is neither.
+            NotYours: it is held, and another caller's. Otherwise as `find`, `submit`, `enhance`.
+        """
+        job = self.find(job_id)
+        if job.status in (JobStatus.FAILED, JobStatus.CANCELLED):
+            if job.enhanced:
+                return await self.enhance(job.parent_id, owner=by.name)
+            asked = {name: getattr(job, name) for name in REQUEST_FIELDS}
+            return await self.submit(owner=by.name, **asked)
+        if job.held is None:
+            raise Conflict(
+                f"job {job.id} is {job.status}: expected one that is held, or has failed"
+            )
+        require_own(job, by, "retry")
+        return await self._release(job.id)
+
+    @to_the_end
+    async def _release(self, job_id: str) -> Job:
+        job = await self.history.update(job_id, released)
+        self._queue_moved()
+        return job
+
     @to_the_end
     async def star(self, job_id: Any, starred: Any = True) -> Job:
         """Keep a video from being evicted, or not any more. Raises as `find`."""
@@ -428,7 +472,7 @@ class Studio:
 
     @to_the_end
     async def restore(self, job_id: Any, *, by: Caller = HOUSE) -> Job:
-        """Undo a delete.
+        """Undo a delete; a job that is not in the trash is returned as it is.
 
         Raises:
             NotFound: the trash has no such job (any more).
@@ -458,10 +502,11 @@ class Studio:
 
     @property
     def waiting(self) -> list[Job]:
-        """Jobs that wait for a slot, oldest first."""
+        """Jobs that wait for a slot, oldest first. A held one does not: it waits for a person."""
         taken = self.live.claimed | self._withdrawn.keys()
         pending = self.history.with_status(JobStatus.PENDING)
-        return [job for job in pending if not (job.id in taken or job.cancel_requested)]
+        able = (job for job in pending if job.held is None and not job.cancel_requested)
+        return [job for job in able if job.id not in taken]
 
     @property
     def tickets_needed(self) -> int:
@@ -500,7 +545,7 @@ class Studio:
     def starving(self) -> bool:
         """Whether a slot is ready for a job that waits, and no turn brings them together."""
         ready = self.pool.ready_slot() is not None and not self.stopping
-        return ready and any(self._lack(job) is None for job in self.waiting)
+        return ready and self._next_job() is not None
 
     @property
     def waits_for_room(self) -> str | None:
@@ -540,12 +585,23 @@ class Studio:
         slot = self.pool.ready_slot()
         if slot is None or self.stopping:
             return None
-        fitting = [job for job in self.waiting if self._lack(job) is None]
-        job = scheduling.next_job(fitting, self.live.speeds.run_seconds)
+        job = self._next_job()
         if job is None:
             return None
         self.live.claim(job.id)
         return slot, job
+
+    def _next_job(self) -> Job | None:
+        """The job to start now beside those that run, a ready slot provided."""
+        fitting = [job for job in self.waiting if self._lack(job) is None]
+        estimate, since = self.live.speeds.run_seconds, self.live.waits.since
+        return scheduling.next_job(fitting, estimate, self._running, since)
+
+    @property
+    def _running(self) -> list[Job]:
+        """The claimed jobs."""
+        found = (self.history.get(job_id) for job_id in self.live.claimed)
+        return [job for job in found if job is not None]
 
     async def watch(self, job_id: Any, interval: float = 0.5) -> AsyncIterator[dict[str, Any]]:
         """The job's view whenever it changes, to its end: a new status at once, its steps at most

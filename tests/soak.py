@@ -266,7 +266,10 @@ def all_jobs(served: Served) -> Iterator[dict[str, Any]]:
 
 
 def drained(served: Served) -> bool:
-    """Whether nothing waits or runs."""
+    """Whether nothing waits or runs; what is held is tried again."""
+    for job in served.call("list_jobs", status="PENDING", page_size=100)["jobs"]:
+        if job["held"]:
+            served.call("retry_job", job_id=job["id"])
     return all(
         served.call("list_jobs", status=status, page_size=1)["total"] == 0
         for status in ("PENDING", "PROCESSING", "CREATED")

@@ -71,6 +71,8 @@ def test_every_endpoint_is_documented(app: Served) -> None:
         "/get_output_file",
         "/cancel_job",
         "/delete_job",
+        "/restore_job",
+        "/retry_job",
         "/star_job",
         "/generate",
     }
@@ -272,7 +274,16 @@ def test_what_json_should_not_carry_is_refused(app: Served, field: str, literal:
 @pytest.mark.parametrize("job_id", ["../../etc/passwd", "http://127.0.0.1/x", "x" * 200_000, ""])
 @pytest.mark.parametrize(
     "endpoint",
-    ["get_job_status", "get_output_file", "enhance_job", "cancel_job", "delete_job", "star_job"],
+    [
+        "get_job_status",
+        "get_output_file",
+        "enhance_job",
+        "cancel_job",
+        "delete_job",
+        "restore_job",
+        "retry_job",
+        "star_job",
+    ],
 )
 def test_a_malformed_job_id_is_refused(app: Served, endpoint: str, job_id: str) -> None:
     with pytest.raises(Refusal, match=r"^job_id: got .*, expected the id that submit_job") as error:

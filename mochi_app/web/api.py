@@ -56,7 +56,9 @@ class Api:
             self.list_jobs,
             self.get_output_file,
             self.cancel_job,
+            self.retry_job,
             self.delete_job,
+            self.restore_job,
             self.star_job,
             self.generate,
         )
@@ -131,7 +133,8 @@ class Api:
         return self._studio.view(job)
 
     async def get_job_status(self, job_id: str) -> dict[str, Any]:
-        """The job with `status`, `step` of `steps`, `position` in the queue and `eta_seconds`.
+        """The job with `status`, `step` of `steps`, `position` in the queue and `eta_seconds`; with
+        `held` it is PENDING until somebody tries it again, as `held` says.
 
         Args:
             job_id: The id that submit_job returned.
@@ -178,6 +181,17 @@ class Api:
         with refusals():
             return self._studio.view(await self._studio.cancel(job_id, by=caller_of(request)))
 
+    async def retry_job(self, job_id: str, request: gr.Request) -> dict[str, Any]:
+        """Try a job again: one that is held (`held` says why), which is only its owner's, or an
+        admin's, to do. For one that has failed or was cancelled, the answer is a new job of yours
+        with the same parameters.
+
+        Args:
+            job_id: The job's id.
+        """
+        with refusals():
+            return self._studio.view(await self._studio.retry(job_id, by=caller_of(request)))
+
     async def delete_job(self, job_id: str, request: gr.Request) -> dict[str, Any]:
         """Put an ended job and its files into the trash, where it can be restored for a while. A
         job of somebody else's is only theirs, or an admin's, to delete.
@@ -187,6 +201,16 @@ class Api:
         """
         with refusals():
             return self._studio.view(await self._studio.delete(job_id, by=caller_of(request)))
+
+    async def restore_job(self, job_id: str, request: gr.Request) -> dict[str, Any]:
+        """Take a job and its files out of the trash again. One that is not in it is returned as it
+        is. A job of somebody else's is only theirs, or an admin's, to restore.
+
+        Args:
+            job_id: The job's id.
+        """
+        with refusals():
+            return self._studio.view(await self._studio.restore(job_id, by=caller_of(request)))
 
     async def star_job(self, job_id: str, starred: bool = True) -> dict[str, Any]:
         """Star a job, so that its video is never evicted; or take the star away.
@@ -263,6 +287,8 @@ class Api:
             async for view in self._studio.watch(job_id, interval):
                 if JobStatus(view["status"]).terminal:
                     break
+                if view["held"]:  # it may be so for ever
+                    raise Refused(f"job {job_id} is held: {view['held']}")
                 progress((view["step"], view["steps"]), desc=describe(view), unit="steps")
                 yield view
             else:

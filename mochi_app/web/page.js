@@ -34,6 +34,7 @@
     ["all", "Everything"],
     ["running", "Running"],
     ["waiting", "Waiting"],
+    ["held", "Held"],
     ["completed", "Completed"],
     ["failed", "Failed"],
     ["stopped", "Stopped"],
@@ -104,6 +105,7 @@
     return new Date(unixSeconds * 1000).toLocaleDateString();
   }
 
+  const statusName = (job) => (job.held ? "Held" : STATUS_NAMES[job.status]);
   const ended = (job) => ENDED.includes(job.status);
   const plural = (count, one, many) => `${count} ${count === 1 ? one : many}`;
   const kindName = (job) => (job.enhanced ? "Enhanced" : "Preview");
@@ -267,10 +269,11 @@
         return;
       }
       if (!live.snapshot) return;
-      const { slots, pending, processing } = live.snapshot;
+      const { slots, pending, processing, held } = live.snapshot;
       this.dot.dataset.state = this.worst(slots);
       setText(this.slots, this.describe(slots));
-      setText(this.counts, `${processing} running · ${pending} waiting`);
+      const kept = held ? ` · ${held} held` : "";
+      setText(this.counts, `${processing} running · ${pending} waiting${kept}`);
     },
 
     worst(slots) {
@@ -348,6 +351,10 @@
       const label = job.cancel_requested ? "Stopping" : "Stop";
       const stop = () => attempt(() => ask("cancel_job", job.id));
       const title = mine(job) ? undefined : notMine(job);
+      if (job.held) {
+        const again = () => attempt(async () => panel.take(await ask("retry_job", job.id)));
+        add("retry", "Try again", again, { icon: "reuse", className: "m-primary", title, disabled: !mine(job) });
+      }
       add("stop", label, stop, { icon: "stop", title, disabled: job.cancel_requested || !mine(job) });
       add("link", "Copy link", (element) => copyLink(job.id, element), { icon: "link" });
       return list;
@@ -381,7 +388,8 @@
   }
 
   function facts(job) {
-    const took = job.completed_processing_at - job.started_processing_at;
+    // Not the difference of two times: the server's clock may have been set in between.
+    const took = Object.values(job.seconds).reduce((sum, seconds) => sum + seconds, 0);
     const list = [
       ["Seed", String(job.seed)],
       ["Steps", String(job.num_inference_steps)],
@@ -429,15 +437,20 @@
       this.job = job;
       this.element.setAttribute("aria-label", `${kindName(job)}, ${job.num_inference_steps} steps`);
       setText(this.name, `${kindName(job)} · ${job.num_inference_steps} steps`);
-      setText(this.status, STATUS_NAMES[job.status]);
-      this.element.dataset.status = job.status.toLowerCase();
+      setText(this.status, statusName(job));
+      this.element.dataset.status = job.held ? "held" : job.status.toLowerCase();
       this.status.hidden = job.status === "COMPLETED";
       this.showMedia(job);
       this.showProgress(job);
-      this.error.hidden = job.status !== "FAILED" && !(job.status === "PENDING" && job.error);
-      setText(this.error, (job.status === "PENDING" ? "Queued again: " : "") + (job.error ?? ""));
+      this.error.hidden = job.status !== "FAILED" && !(job.status === "PENDING" && (job.held || job.error));
+      setText(this.error, this.errorText(job));
       this.once("facts", JSON.stringify(facts(job)), () => this.showFacts(job));
       this.once("actions", this.actionsKey(job), () => this.showActions(job));
+    }
+
+    errorText(job) {
+      if (job.held) return `Held: ${job.held}`;
+      return (job.status === "PENDING" ? "Queued again: " : "") + (job.error ?? "");
     }
 
     /** Do something only when what it depends on has changed. */
@@ -450,7 +463,7 @@
 
     actionsKey(job) {
       const enhance = job.enhanced ? "" : (shown.enhance?.status ?? "none");
-      return [job.status, job.starred, job.cancel_requested, job.video_url, enhance, me.name].join();
+      return [job.status, job.held, job.starred, job.cancel_requested, job.video_url, enhance, me.name].join();
     }
 
     showActions(job) {
@@ -484,6 +497,7 @@
 
     stageText(job) {
       if (job.status !== "PROCESSING") {
+        if (job.held) return "";
         if (job.waits_for) return `Waiting for room: ${job.waits_for}`;
         return job.position ? `Place ${job.position} in the queue` : "Waiting for a slot";
       }
@@ -513,7 +527,7 @@
       } else if (job.status === "COMPLETED" && job.poster_url) {
         this.once("media", `poster ${job.poster_url} ${job.video_missing}`, () => this.showEvicted(job));
       } else {
-        const key = ended(job) ? `none ${job.status}` : "wait";
+        const key = ended(job) || job.held ? `none ${job.status}` : "wait";
         this.once("media", key, () => this.showNone(job));
       }
     }
@@ -546,7 +560,8 @@
     showNone(job) {
       const text = { FAILED: "No video: the job failed", CANCELLED: "Stopped before its end" };
       const waiting = h("span", { className: "m-breath", "aria-hidden": "true" });
-      this.media.replaceChildren(ended(job) ? note(text[job.status] ?? "No video") : waiting);
+      if (job.held) this.media.replaceChildren(note("Held until somebody tries it again"));
+      else this.media.replaceChildren(ended(job) ? note(text[job.status] ?? "No video") : waiting);
     }
   }
 
@@ -642,7 +657,9 @@
         if (shown.jobId !== jobId) return;
         shown.problem = error.message;
         if (error.refused) {
-          shown.problem = "This video is not here. It may have been deleted, or the link is incomplete.";
+          shown.problem = error.message.includes("is in the trash")
+            ? "This video is in the trash. The history shows it under “Trash”, where it can be restored."
+            : "This video is not here. It may have been deleted, or the link is incomplete.";
           Object.assign(shown, { preview: null, enhance: null });
         }
       }
@@ -669,7 +686,7 @@
       );
       if (lost && performance.now() > this.reloadAt) this.reload();
       const job = this.current();
-      if (job && before && job.status !== before) announce(`${kindName(job)}: ${STATUS_NAMES[job.status]}`);
+      if (job && before && job.status !== before) announce(`${kindName(job)}: ${statusName(job)}`);
       this.render();
     },
 
@@ -825,7 +842,7 @@
       if (job.deleted_at !== null) return "In the trash";
       if (job.status === "PROCESSING" && job.step > 0) return `Step ${job.step} of ${job.steps}`;
       if (job.status === "PENDING" && job.position) return `Place ${job.position} in the queue`;
-      return STATUS_NAMES[job.status];
+      return statusName(job);
     }
 
     badgeTexts(job) {
@@ -1035,7 +1052,7 @@
         const job = live.jobs.get(jobId);
         if (job && this.filter !== "trash") card.update(job);
       }
-      const seen = [...live.jobs.values()].map((job) => job.id + job.status + job.starred).join();
+      const seen = [...live.jobs.values()].map((job) => [job.id, job.status, job.held, job.starred]).join();
       if (seen === this.seen && !force) return;
       this.seen = seen;
       if (this.page === 1 && this.filter !== "trash") this.later(REFRESH_PAUSE);

@@ -28,7 +28,8 @@ HERE = Path(__file__).parent
 FILTERS: Mapping[str, Mapping[str, Any]] = {
     "all": {},
     "running": {"status": JobStatus.PROCESSING},
-    "waiting": {"status": JobStatus.PENDING},
+    "waiting": {"status": JobStatus.PENDING, "held": False},
+    "held": {"held": True},
     "completed": {"status": JobStatus.COMPLETED},
     "failed": {"status": JobStatus.FAILED},
     "stopped": {"status": JobStatus.CANCELLED},
@@ -127,10 +128,8 @@ class Calls:
         return self._studio.view(await self._studio.enhance(job_id, owner=by.name))
 
     async def retry_job(self, job_id: Any, by: Caller) -> dict[str, Any]:
-        """A new job, the caller's, with the parameters of one that has failed or was stopped."""
-        job = self._studio.find(job_id)
-        asked = {name: getattr(job, name) for name in jobs.REQUEST_FIELDS}
-        return self._studio.view(await self._studio.submit(owner=by.name, **asked))
+        """A held job once more, or a new one in place of one that has failed or was stopped."""
+        return self._studio.view(await self._studio.retry(job_id, by=by))
 
     async def cancel_job(self, job_id: Any, by: Caller) -> dict[str, Any]:
         """Stop a job."""

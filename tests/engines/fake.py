@@ -5,6 +5,7 @@ The behaviour says how it loads; the prompt says how a job goes:
     "hang"         never ends, heartbeat goes on   "poison"  raises a CUDA error
     "kill"         SIGKILL to itself at step 2     "stop"    SIGSTOP to itself at step 2
     "kill once F"  as "kill", unless the file F exists, which it makes
+    "fell F"       SIGKILL to the server at step 2, as soon as the file F exists
     "kill at N"    SIGKILL to itself in step N, 0.01 s a step
     "kill on N"    SIGKILL to itself in the N-th step that it does, if there are as many; likewise
     "slowest"      1 s a step, cancellable
@@ -147,6 +148,10 @@ def misbehave(prompt: str) -> None:
             if not Path(flag).exists():
                 Path(flag).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
+        case ["fell", flag]:
+            while not Path(flag).exists():
+                time.sleep(0.002)
+            os.kill(os.getppid(), signal.SIGKILL)
         case ["kill"]:
             os.kill(os.getpid(), signal.SIGKILL)
         case ["stop", *_]:

@@ -201,6 +201,28 @@ def test_a_video_deleted_while_it_is_watched(serve: Serve) -> None:
     assert seen.partition(b"\r\n\r\n")[2] == whole
 
 
+def test_a_request_id_whose_job_is_in_the_trash(serve: Serve) -> None:
+    """A job is deleted, and its caller asks again with its request_id: refused with the id and the
+    call that takes it out of the trash; every other call says the same, and that call works."""
+    served = serve("ok").ready()
+    asked = {"prompt": "p", "request_id": "mine", "num_inference_steps": 2}
+    job = served.ended(served.call("submit_job", **asked)["id"])
+    served.call("delete_job", job_id=job["id"])
+    for name in ("submit_job", "generate"):
+        with pytest.raises(Refusal, match=f"job {job['id']}, which is in the trash: restore_job"):
+            served.call(name, **asked)
+    for name in ("get_job_status", "get_output_file", "enhance_job", "cancel_job", "star_job"):
+        with pytest.raises(Refusal, match=f"job {job['id']} is in the trash: restore_job"):
+            served.call(name, job_id=job["id"])
+    answer = httpx.get(served.url + job["video_url"])
+    assert answer.status_code == 404
+    assert "is in the trash" in answer.json()["detail"]
+    for _ in range(2):  # asked twice, as after a lost answer
+        assert served.call("restore_job", job_id=job["id"])["deleted_at"] is None
+    assert served.call("submit_job", **asked)["video_url"] == job["video_url"]
+    assert httpx.get(served.url + job["video_url"]).status_code == 200
+
+
 def test_a_video_that_vanished(serve: Serve) -> None:
     """Somebody removes a video's file by hand: page and API say that it is missing, also after a
     restart, and the rest of the history is as it was."""

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.conftest import alive
-from tests.serving import Served, poll
+from tests.serving import Refusal, Served, poll
 
 Serve = Callable[..., Served]
 QUICK: dict[str, Any] = {"num_inference_steps": 2}
@@ -221,3 +222,93 @@ longer than every deadline: no rank is killed, the job that ran is made at its f
     frozen([served.process.pid, *ranks], 5)
     all_made_once(served, [running, *waiting])
     assert served.pids() == ranks
+
+
+def felled(served: Served, job_id: str, flag: Path, times: int = 1) -> None:
+    """Let the job take the server down so often; the next start is left to the caller."""
+    for number in range(times):
+        served.running(job_id)
+        flag.touch()
+        poll(lambda: served.process.poll() is not None, "the end of the server")
+        flag.unlink()
+        if number < times - 1:
+            served.start()
+
+
+def test_a_job_that_takes_the_server_down(serve: Serve, tmp_path: Path) -> None:
+    """The server dies (SIGKILL) at each start of one job: after three deaths with no new checkpoint
+    in between it is held and says why, the others are made, and one call tries it again."""
+    flag = tmp_path / "now"
+    served = serve("ok").ready()
+    asked = {"prompt": f"fell {flag}", "request_id": "bad", **QUICK}
+    bad = served.call("submit_job", **asked)["id"]
+    other = served.call("submit_job", prompt="waits", **QUICK)["id"]
+    felled(served, bad, flag, times=3)
+    served.start()
+    made = served.ended(other)
+    assert (made["status"], made["attempts"]) == ("COMPLETED", 1)
+    job = served.job(bad)
+    assert (job["status"], job["position"], job["eta_seconds"]) == ("PENDING", None, None)
+    assert job["held"].startswith("the server ended 3 times while this job ran")
+    assert "retry_job" in job["held"]
+    assert served.call("submit_job", **asked)["held"] == job["held"]
+    with pytest.raises(Refusal, match="held: the server ended 3 times"):
+        served.call("generate", **asked)
+    served.ready()
+    metrics = served.get("/metrics").text
+    assert "mochi_jobs_held 1.0" in metrics
+    assert "mochi_queue_length 0.0" in metrics
+    served.terminate()
+    served.start().ready()
+    assert served.job(bad)["held"] == job["held"]
+    with pytest.raises(Refusal, match="COMPLETED"):
+        served.call("retry_job", job_id=other)
+    again = served.call("retry_job", job_id=bad)
+    assert (again["id"], again["held"], again["server_deaths"]) == (bad, None, 0)
+    felled(served, bad, flag)
+    served.start()
+    served.running(bad)
+    job = served.job(bad)
+    assert (job["held"], job["server_deaths"]) == (None, 1)
+    served.call("cancel_job", job_id=bad)
+    served.kill()
+    assert serve("ok").ended(bad)["status"] == "CANCELLED"
+
+
+def test_neighbours_of_a_job_that_takes_the_server_down(serve: Serve, tmp_path: Path) -> None:
+    """The server dies of a job while another runs beside it: from then on the two run one at a
+    time, the innocent one is made, and only the other is held."""
+    flag = tmp_path / "now"
+    served = serve("ok", MOCHI_SLOTS="cpu;cpu").ready()
+    neighbour = served.call("submit_job", prompt="slow", num_inference_steps=150)["id"]
+    served.running(neighbour)
+    bad = served.call("submit_job", prompt=f"fell {flag}", **QUICK)["id"]
+    felled(served, bad, flag)
+    waits = [job["server_deaths"] for job in (served.start().job(neighbour), served.job(bad))]
+    assert waits == [1, 1]
+    served.running(neighbour)
+    assert served.job(bad)["status"] == "PENDING"  # though a slot is ready
+    ended = served.ended(neighbour)
+    assert (ended["status"], ended["attempts"], ended["server_deaths"]) == ("COMPLETED", 1, 0)
+    felled(served, bad, flag, times=2)
+    served.start()
+    assert served.job(bad)["held"]
+    after = served.ended(served.call("submit_job", prompt="after", **QUICK)["id"])
+    assert after["status"] == "COMPLETED"
+
+
+def test_planned_ends_hold_no_job(serve: Serve) -> None:
+    """The server is told to end (SIGTERM) while a job runs, and killed before it has: the job is
+    not blamed, however often that happens."""
+    served = serve("ok", MOCHI_DRAIN_SECONDS="4").ready()
+    job_id = served.call("submit_job", prompt="slowest", num_inference_steps=100)["id"]
+    for _ in range(4):
+        served.running(job_id)
+        served.process.send_signal(signal.SIGTERM)
+        poll(lambda: "SIGTERM: stopping" in served.log.read_text(), "the signal to be heard")
+        served.kill()
+        served.log.unlink()
+        served.start()
+    served.running(job_id)
+    job = served.job(job_id)
+    assert (job["status"], job["held"], job["server_deaths"]) == ("PROCESSING", None, 0)
