@@ -352,10 +352,10 @@ def test_a_lost_connection_is_told_and_mended(open_page: Open, watch: Watch) -> 
     watch.expected = ("ERR_FAILED", "net::")
     page = open_page()
     expect(page.locator("#mochi-status")).to_contain_text("Ready")
-    page.route("**/events", lambda route: route.abort())
+    page.route("**/events?*", lambda route: route.abort())
     page.evaluate("Mochi.reconnect()")
     expect(page.locator("#mochi-status")).to_contain_text("Connection to the server lost")
-    page.unroute("**/events")
+    page.unroute("**/events?*")
     expect(page.locator("#mochi-status")).to_contain_text("Ready")
 
 
