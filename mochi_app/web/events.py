@@ -14,8 +14,8 @@ on the clock of `now`: it is not told again while it runs down with the time.
 
 Without `jobs` one hears of the progress of whatever runs. With `hidden=true`, for a tab that nobody
 looks at, the stream ends after its first event and says when to ask again: a browser has few
-connections for one server, and such tabs hold none. Each event tells the state as it is: what
-changed twice between two of them is told once, and the last state always.
+connections for one server, and such tabs hold none. Each event tells the state as it is by then: a
+job that changes twice between two of them is told of once.
 """
 
 from __future__ import annotations
@@ -256,22 +256,30 @@ class EventFeed:
         return {name: slot[name] for name in SLOT_FIELDS} | retry
 
     def _job(self, job_id: str) -> Job | None:
-        """The job, if there is one to be seen: what no page may show is left out here."""
+        """The job, unless it is in the trash."""
         job = self._studio.history.get(job_id)
         return job if job is not None and job.deleted_at is None else None
 
+    def _told_to(self, wanted: Wanted) -> list[Told]:
+        """The jobs that a page is told of. Were there some that its caller may not see, they would
+        be left out here."""
+        if wanted.jobs is not None:
+            return [self._told[job_id] for job_id in wanted.jobs]
+        alive = (self._told.get(job_id) for job_id in self._studio.live.jobs)
+        return [told for told in alive if told is not None and not told.gone]
+
     def _event(self, wanted: Wanted, since: int) -> bytes:
         """What has changed after a look for one page, as an event; nothing if nothing has."""
+        told = self._told_to(wanted)
         if wanted.jobs is None:
-            alive = (self._told.get(job_id) for job_id in self._studio.live.jobs)
-            parts = [told.progress for told in alive if told is not None and not told.gone]
+            parts = (one.progress for one in told)
             jobs = [part.text for part in parts if part.changed_at > since]
         else:
-            jobs = [text for one in wanted.jobs if (text := self._told[one].news(since))]
+            jobs = [text for one in told if (text := one.news(since))]
         pictures = [
-            b'"%b":%b' % (job_id.encode(), picture.text)
-            for job_id in wanted.pictures
-            if (picture := self._told[job_id].picture).text and picture.changed_at > since
+            b'"%b":%b' % (one.job_id.encode(), one.picture.text)
+            for one in told
+            if one.job_id in wanted.pictures and one.picture.changed_at > since and one.picture.text
         ]
         slots = self._slots.text if self._slots.changed_at > since else b""
         if not (jobs or pictures or slots or self._counts.changed_at > since):
@@ -325,9 +333,16 @@ class Listening(StreamingResponse):
     """The stream of a feed. It has its seat from before its first byte until its client is gone,
     so that pages which come in one moment are counted one by one."""
 
-    def __init__(self, feed: EventFeed, address: str, wanted: Wanted) -> None:
+    def __init__(
+        self,
+        feed: EventFeed,
+        address: str,
+        wanted: Wanted,
+        admitted: Callable[[], bool] = lambda: True,
+    ) -> None:
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        super().__init__(feed.stream(wanted), media_type="text/event-stream", headers=headers)
+        stream = feed.stream(wanted, admitted)
+        super().__init__(stream, media_type="text/event-stream", headers=headers)
         self._feed = feed
         self._address = address
         self._wanted = wanted

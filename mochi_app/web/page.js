@@ -407,7 +407,11 @@
     const add = (...parameters) => list.push(button(...parameters));
     if (!ended(job)) {
       const label = job.cancel_requested ? "Stopping" : "Stop";
-      const stop = () => attempt(async () => panel.take(await ask("cancel_job", job.id)));
+      const stop = () =>
+        attempt(async () => {
+          const stopping = await ask("cancel_job", job.id);
+          panel.take({ ...live.jobs.get(job.id), ...stopping }); // with its picture
+        });
       const title = mine(job) ? undefined : notMine(job);
       add("stop", label, stop, { icon: "stop", title, disabled: job.cancel_requested || !mine(job) });
       add("link", "Copy link", (element) => copyLink(job.id, element), { icon: "link" });
@@ -644,6 +648,7 @@
     tiles: new Map(),
     paired: "",
     unpair: null,
+    leaving: null, // id of a job that is being deleted here
     listed: undefined, // as the gallery's, when what is shown was asked for
 
     mount(part) {
@@ -727,7 +732,7 @@
       const before = this.current()?.status;
       for (const job of changed) {
         if (!job.gone) this.take(job);
-        else if (shown.deleted?.id !== job.id) this.reload();
+        else if (job.id !== shown.deleted?.id && job.id !== this.leaving) this.reload();
       }
       const job = this.current();
       if (job && before && job.status !== before) announce(`${kindName(job)}: ${STATUS_NAMES[job.status]}`);
@@ -824,8 +829,13 @@
     },
 
     async delete(job) {
-      await ask("delete_job", job.id);
-      shown.deleted = job;
+      this.leaving = job.id; // the stream may tell so before the answer does
+      try {
+        await ask("delete_job", job.id);
+        shown.deleted = job;
+      } finally {
+        this.leaving = null;
+      }
       if (job.enhanced) shown.enhance = null;
       else shown.preview = null;
       gallery.refresh();
