@@ -22,7 +22,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import orjson
 
-from mochi_app.job_index import JobIndex, JobPage, JobQuery, RequestKey
+from mochi_app.job_index import JobIndex, JobPage, JobQuery, RequestKey, Revisions
 from mochi_app.jobs import REQUEST_FIELDS, Conflict, Job, JobStatus, NotFound, shown
 from mochi_app.record_store import (
     JOB,
@@ -216,6 +216,11 @@ class History:
     def counts(self) -> dict[JobStatus, int]:
         """Jobs by status, without the trash."""
         return self._index.counts()
+
+    @property
+    def revisions(self) -> Revisions:
+        """How often the listings changed."""
+        return self._index.revisions
 
     def list(self, query: JobQuery) -> JobPage:
         """One page of the jobs that `query` describes, newest first."""

@@ -34,6 +34,7 @@ _AFTER_ALL = "\U0010ffff"
 _STATUSES = tuple(JobStatus)
 _STATUS_CODE = {status: code for code, status in enumerate(_STATUSES)}
 
+MARKS = ("status", "starred", "held")  # by which jobs are listed, and which change
 # Flags of a job, one byte.
 _GONE, _TRASHED, _STARRED, _ENHANCE, _VIDEO, _HELD = 1, 2, 4, 8, 16, 32
 
@@ -87,12 +88,23 @@ class JobPage:
     page_size: int
 
 
+@dataclass
+class Revisions:
+    """How often the listings changed since the start, for those who show one: `listed` grows when
+    a job comes, goes, or goes to the trash and back, `marked` when a status, a star or a hold
+    changes."""
+
+    listed: int = 0
+    marked: int = 0
+
+
 class JobIndex:
     """All jobs by ordinal, with what is needed to find them."""
 
     def __init__(self, jobs: Iterable[Job] = ()) -> None:
         """Build from `jobs`; fastest when they come in ascending order of id."""
         self.last_id: str | None = None
+        self.revisions = Revisions()
         self._ids: list[str] = []
         self._jobs: list[Job | None] = []
         self._ordinals: dict[str, int] = {}
@@ -134,9 +146,11 @@ class JobIndex:
         """Take in a new job, or the new state of a known one (whose prompt has not changed)."""
         ordinal = self._ordinals.get(job.id)
         if ordinal is not None:
+            self._revise(self._jobs[ordinal], job)
             self._jobs[ordinal] = job
             self._describe(ordinal, job)
             return
+        self.revisions.listed += 1
         later = self._take_later(job.id)
         for item in (job, *later):
             self._append(item)
@@ -151,6 +165,7 @@ class JobIndex:
         job = self.get(job_id)
         if job is None:
             return
+        self.revisions.listed += 1
         ordinal = self._ordinals.pop(job_id)
         self._unlink(ordinal, job)
         self._count(ordinal, -1)
@@ -163,6 +178,13 @@ class JobIndex:
             siblings.remove(job_id)
             if not siblings:
                 del self._children[job.parent_id]
+
+    def _revise(self, before: Job | None, after: Job) -> None:
+        """Count what changes in the listings."""
+        if before is None or (before.deleted_at is None) != (after.deleted_at is None):
+            self.revisions.listed += 1
+        elif any(getattr(before, name) != getattr(after, name) for name in MARKS):
+            self.revisions.marked += 1
 
     def _append(self, job: Job) -> None:
         """Give `job`, the newest of all, the next ordinal."""

@@ -17,6 +17,12 @@ from mochi_app.jobs import Job, JobStatus
 from mochi_app.waits import Waits
 
 RECENT_SECONDS = 30.0  # how long a finished job stays in the live state
+ETA_SLACK_SECONDS, ETA_SLACK = 2.0, 0.1  # seconds, and share, by which a told ETA may be wrong
+# What of a view changes while a job waits and runs; the rest follows its record and its files.
+PROGRESS = (
+    "id", "status", "stage", "step", "steps", "resumed_step", "tile", "tiles", "position",
+    "eta_seconds", "waits_for", "cancel_requested",
+)  # fmt: skip
 
 
 @dataclass
@@ -177,17 +183,14 @@ class LiveJobs:
         idle = time.monotonic() - live.stage_began if live.step == job.num_inference_steps else 0
         return round(max(0.0, left - idle), 1)
 
-    def snapshot(self, limit: int) -> dict[str, Any]:
-        """What a page shows live: slots, counts, and views of at most `limit` jobs: the running
-        ones, those that just ended, and the oldest that wait."""
-        recent = [self._history.get(job_id) for job_id in self.jobs]
-        shown = {job.id: job for job in recent if job is not None and job.deleted_at is None}
-        for job in self._history.with_status(JobStatus.PENDING)[: max(0, limit - len(shown))]:
-            shown[job.id] = job
-        return {
-            "slots": [slot.describe() for slot in self._pool.slots],
-            "pending": self._history.count(JobStatus.PENDING) - self._history.held(),
-            "held": self._history.held(),
-            "processing": self._history.count(JobStatus.PROCESSING),
-            "jobs": [self.view(job) | {"image": self.image(job.id)} for job in shown.values()],
-        }
+
+def is_news(before: dict[str, Any], after: dict[str, Any], seconds: float) -> bool:
+    """Whether a job's view, or its progress, differs from that of `seconds` ago by more than an ETA
+    that ran down with the time, give or take."""
+    if before | {"eta_seconds": None} != after | {"eta_seconds": None}:
+        return True
+    then: float | None = before["eta_seconds"]
+    now: float | None = after["eta_seconds"]
+    if then is None or now is None:
+        return then is not now
+    return abs(max(0.0, then - seconds) - now) > max(ETA_SLACK_SECONDS, ETA_SLACK * now)

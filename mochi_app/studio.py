@@ -39,7 +39,7 @@ from mochi_app.jobs import (
     walkable,
     whole,
 )
-from mochi_app.live import LiveJobs
+from mochi_app.live import LiveJobs, is_news
 from mochi_app.logs import about
 from mochi_app.loras import lora_names
 from mochi_app.media import MediaStore
@@ -61,6 +61,7 @@ MAX_PAGE_SIZE = 100
 MAX_QUERY_CHARS = 200
 JANITOR_SECONDS = 60.0
 JANITOR_RETRY_SECONDS = 5.0  # after a failure, of a full disk for one
+ETA_PAUSE = 5.0  # seconds between two views for which only the time has passed
 ROOM_SECONDS = 2.0  # between looks at a disk that is too full for the next job
 SPEED_SAMPLE = 20  # finished jobs that teach the speeds at start
 # What an enhance takes over from its preview.
@@ -605,7 +606,7 @@ class Studio:
 
     async def watch(self, job_id: Any, interval: float = 0.5) -> AsyncIterator[dict[str, Any]]:
         """The job's view whenever it changes, to its end: a new status at once, its steps at most
-        every `interval` seconds.
+        every `interval` seconds; what only counts down (an ETA) every `ETA_PAUSE`.
 
         Raises as `find`, also when the job is deleted meanwhile.
         """
@@ -617,9 +618,11 @@ class Studio:
             pause = next_at - time.monotonic()
             moved = last is None or job.status != last["status"]
             if moved or self.stopping or pause <= 0:
-                if (view := self.view(job)) != last:
+                view, now = self.view(job), time.monotonic()
+                age = now - next_at + interval  # of `last`
+                if last is None or is_news(last, view, age) or (view != last and age >= ETA_PAUSE):
                     yield view
-                    last, next_at = view, time.monotonic() + interval
+                    last, next_at = view, now + interval
                 if job.status.terminal or self.stopping:
                     return
                 await self.changed.after(count)

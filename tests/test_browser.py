@@ -339,6 +339,74 @@ def test_use_again_and_a_pinned_seed(open_page: Open) -> None:
     expect(facts).to_contain_text("Seed4242")
 
 
+def streams(page: Page) -> list[str]:
+    """Fill the list with what each stream of events asks for, as they are opened."""
+    opened: list[str] = []
+    page.on("request", lambda request: "/events?" in request.url and opened.append(request.url))
+    return opened
+
+
+def asked(page: Page, opened: list[str], *parts: str) -> bool:
+    """Whether the newest stream asks for all of these."""
+    page.evaluate("1")  # lets what has happened meanwhile be heard of
+    return all(part in opened[-1] for part in parts)
+
+
+def test_the_page_hears_of_the_jobs_it_shows_and_of_what_others_do(
+    server: str, open_page: Open
+) -> None:
+    page, others = open_page(), open_page()
+    opened = streams(page)
+    shown = generate(page, "shown beside what others ask for", Steps=2)
+    playing(page, "Preview")
+    generate(others, "a long one of somebody else", Steps=512)
+    batch = [generate(others, f"number {number} of a batch", Steps=4) for number in range(3)]
+    expect(page.locator("#mochi-status")).to_contain_text("1 running · 3 waiting")
+    cards = [page.locator(f"{CARD}[data-job='{job}']") for job in batch]
+    for place, card in enumerate(cards, start=1):
+        expect(card.locator(".m-placeholder")).to_have_text(f"Place {place} in the queue")
+    poll(lambda: asked(page, opened, shown, *batch), "a stream that names them")
+    others.goto(f"{server}?job={shown}")
+    others.locator("[data-action=enhance]").click()
+    expect(tile(page, "Enhanced").locator(".m-badge")).to_have_text("Waiting")
+    others.locator("[data-action=stop]").click()
+    expect(tile(page, "Enhanced").locator(".m-badge")).to_have_text("Stopped")
+    others.select_option("#mochi-filter", "running")
+    others.locator(f"{CARD} a").first.click()
+    expect(others.locator("[data-action=stop]")).to_be_enabled()
+    others.locator("[data-action=stop]").click()
+    for card in cards:
+        expect(card).to_have_attribute("data-status", "completed")
+        expect(card.locator("img")).to_be_visible()
+
+
+def test_a_hidden_tab_looks_now_and_then(open_page: Open) -> None:
+    hide = """hidden => {
+        Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    page = open_page()
+    opened = streams(page)
+    generate(page, "watched, then left alone", Steps=512)
+    expect(page.locator(f"{TILE} .m-stage")).to_have_text(re.compile(r"step \d+ of 512"))
+    page.evaluate(hide, True)
+    poll(lambda: asked(page, opened, "hidden=true"), "a look")
+    looks = len(opened)
+    assert "pictures" not in opened[-1]
+    expect(page.locator("#mochi-status")).to_contain_text("1 running")
+    poll(lambda: asked(page, opened, "hidden=true") and len(opened) > looks, "another look", 40)
+    page.evaluate(hide, False)
+    expect(page.locator(f"{TILE} .m-stage")).to_have_text(re.compile(r"step \d+ of 512"))
+    assert asked(page, opened, "pictures=")
+    page.locator("[data-action=stop]").click()
+    expect(tile(page, "Preview").locator(".m-badge")).to_have_text("Stopped")
+    visible = len(opened)
+    page.evaluate(hide, True)
+    page.evaluate(hide, False)
+    poll(lambda: asked(page, opened, "jobs=") and len(opened) > visible, "the stream again")
+    assert all("hidden" not in url for url in opened[visible:]), "nothing is waited for"
+
+
 @pytest.mark.parametrize("unknown", ["00000000000000-0000000000000000", "../x", "<b>"])
 def test_an_unknown_job_leaves_the_page_usable(server: str, open_page: Open, unknown: str) -> None:
     page = open_page(f"{server}?job={unknown}")
@@ -352,10 +420,10 @@ def test_a_lost_connection_is_told_and_mended(open_page: Open, watch: Watch) -> 
     watch.expected = ("ERR_FAILED", "net::")
     page = open_page()
     expect(page.locator("#mochi-status")).to_contain_text("Ready")
-    page.route("**/events", lambda route: route.abort())
+    page.route("**/events?*", lambda route: route.abort())
     page.evaluate("Mochi.reconnect()")
     expect(page.locator("#mochi-status")).to_contain_text("Connection to the server lost")
-    page.unroute("**/events")
+    page.unroute("**/events?*")
     expect(page.locator("#mochi-status")).to_contain_text("Ready")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -58,3 +59,22 @@ def test_it_answers_as_a_plain_list_does(seed: int) -> None:
             job.id for job in shown if job.status is status and "ring" in job.prompt.split()
         ]
         assert [job.id for job in index.page(query).jobs] == sorted(expected, reverse=True)
+
+
+def test_it_counts_what_moves_the_listings() -> None:
+    index, job = JobIndex(), replace(drawn(random.Random(0), 1), deleted_at=None, starred=False)
+    counted = []
+
+    def after(change: Callable[[], None]) -> None:
+        change()
+        counted.append((index.revisions.listed, index.revisions.marked))
+
+    after(lambda: index.put(job))
+    after(lambda: index.put(replace(job, starred=True)))
+    after(lambda: index.put(replace(job, starred=True, note="seen")))
+    after(lambda: index.put(replace(job, deleted_at=1.0)))
+    after(lambda: index.put(job))
+    after(lambda: index.put(replace(job, status=JobStatus.CANCELLED)))
+    after(lambda: index.remove(job.id))
+    after(lambda: index.remove(job.id))
+    assert counted == [(1, 0), (1, 1), (1, 1), (2, 1), (3, 1), (3, 2), (4, 2), (4, 2)]

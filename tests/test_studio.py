@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from mochi_app import studio as studio_module
 from mochi_app.history import HistoryError
 from mochi_app.jobs import Conflict, Job, JobStatus, NotFound, RequestError
 from mochi_app.live import Live
 from mochi_app.room import video_bytes
+from mochi_app.scheduling import Speeds
 from mochi_app.studio import Studio
 from tests.conftest import DEADLINE, close_studio, eventually
 
@@ -762,6 +764,33 @@ async def test_position_and_eta_are_told_once_measured(make_studio: MakeStudio) 
     assert None not in etas
     assert etas == sorted(etas)
     assert studio.status(first.id)["eta_seconds"] > 0
+
+
+async def test_watch_repeats_no_view_while_its_eta_runs_down(
+    make_studio: MakeStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studio_module, "ETA_PAUSE", 1000)
+    studio = await make_studio()
+    long = await studio.submit(prompt="slowest", num_inference_steps=512)
+    await running(studio, long)
+    work = long.height * long.width * long.num_frames
+    studio.live.speeds = Speeds(denoise=1 / (2 * work), other=0)  # as it is: 1 s a step
+    waiting = await studio.submit(prompt="behind it", num_inference_steps=2)
+    views = []
+
+    async def watch() -> None:
+        async for view in studio.watch(waiting.id, interval=0.02):
+            views.append(view)
+
+    watching = asyncio.create_task(watch())
+    await eventually(lambda: views, "the first view")
+    step = studio.status(long.id)["step"]
+    await running(studio, long, step + 3)
+    assert len(views) == 1
+    assert views[0]["eta_seconds"] > 500
+    await studio.cancel(long.id)
+    await watching
+    assert [view["status"] for view in views][-1] == "COMPLETED"
 
 
 async def test_watch_streams_to_the_end(make_studio: MakeStudio) -> None:

@@ -4,6 +4,7 @@ and the server that dies is a process that holds the history, and is killed."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,7 @@ from mochi_app.scheduling import next_job, places
 from mochi_app.settings import PROJECT_DIR
 from mochi_app.studio import Studio
 from mochi_app.suspects import HELD_DEATHS, outlived, released
+from mochi_app.web.events import EventFeed, Wanted
 from tests.conftest import close_studio, eventually
 from tests.test_metrics import samples
 from tests.test_scheduling import job as plain
@@ -89,6 +92,16 @@ async def test_three_deaths_of_the_server_hold_a_job(make_studio: MakeStudio) ->
     assert found.held.startswith("the server ended 3 times while this job ran")
 
 
+async def first_event(studio: Studio, job_id: str) -> dict[str, Any]:
+    """What a page that names the job hears first."""
+    feed, wanted = EventFeed(studio), Wanted((job_id,))
+    with feed.naming(wanted):
+        async for event in feed.stream(wanted):
+            told: dict[str, Any] = json.loads(event.removeprefix(b"data: "))
+            return told
+    raise AssertionError("the stream ended")
+
+
 async def test_a_held_job_takes_no_turn_and_no_place(make_studio: MakeStudio) -> None:
     studio = await held(make_studio, max_pending=1)
     job = only(studio)
@@ -100,9 +113,9 @@ async def test_a_held_job_takes_no_turn_and_no_place(make_studio: MakeStudio) ->
     told = samples(studio)
     assert (told["mochi_jobs_held{}"], told["mochi_queue_length{}"]) == (1, 0)
     assert told["mochi_jobs{status=pending}"] == 1
-    snapshot = studio.live.snapshot(10)
-    assert (snapshot["held"], snapshot["pending"]) == (1, 0)
-    assert [one["held"] for one in snapshot["jobs"]] == [job.held]
+    event = await first_event(studio, job.id)
+    assert (event["held"], event["pending"]) == (1, 0)
+    assert [one["held"] for one in event["jobs"]] == [job.held]
     for listed in ({"status": "PENDING"}, {"held": True}):
         assert studio.list_jobs(**listed)["total"] == 1
     assert studio.list_jobs(status="PENDING", held=False)["total"] == 0

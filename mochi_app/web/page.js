@@ -1,14 +1,15 @@
 // The live half of the page: header, player and history. The form is Gradio's.
 //
-// State comes whole from one event stream, /events; what a click asks for goes through the server
-// functions of the gr.HTML parts (`ui.py`). A caller's text reaches the page as text nodes only.
+// An event stream, /events, tells of the jobs that the page names, which are those that it shows; what
+// a click asks for goes through the server functions of the gr.HTML parts (`ui.py`). A caller's text reaches the page as text nodes only.
 (() => {
   "use strict";
 
   const PAGE_SIZE = 24;
   const SEARCH_PAUSE = 250; // ms after the last key before a search is asked
   const REFRESH_PAUSE = 400; // ms that changes are gathered before the history is asked again
-  const STALE_PAUSE = 2000; // ms between looks at a job that the stream does not tell about
+  const REFRESH_LEAST = 5000; // ms between two such questions, when others ask for one job after another
+  const NAME_PAUSE = 50; // ms that the jobs on the page may change before they are named anew
   const RETRY_FIRST = 1000; // ms before the stream is opened again; doubles
   const RETRY_MOST = 5000;
   const SILENCE = 45; // seconds without an event after which the stream counts as dead
@@ -114,7 +115,14 @@
   // State
 
   const parts = {}; // name → {element, server, trigger, props} of each gr.HTML part
-  const live = { snapshot: null, jobs: new Map(), receivedAt: 0, connected: null };
+  const live = {
+    head: null, // the newest event: its counts and clock
+    receivedAt: 0, // ms, as of `performance.now()`
+    slots: null,
+    slotsAt: 0, // seconds on the server's clock
+    jobs: new Map(), // by id: the newest views of the jobs that are named
+    connected: null,
+  };
   const me = { name: null, admin: false, login: false }; // who looks at the page, once that is known
   const shown = {
     jobId: null, // what ?job= says
@@ -175,17 +183,57 @@
 
   const stream = {
     source: null,
+    hidden: false, // whether nobody saw the page when it was opened
+    named: new Set(),
     retry: RETRY_FIRST,
     timer: 0,
+    renaming: 0,
 
-    /** Hidden tabs hold no connection: a browser has few of them for one server. */
+    /** The jobs that are shown and may change, or belong to what is in the panel. */
+    wanted() {
+      const jobs = [shown.preview, shown.enhance].filter((job) => job && job.id !== shown.deleted?.id);
+      if (!document.hidden) {
+        const cards = [...gallery.cards.values()].map((card) => card.job);
+        jobs.push(...cards.filter((job) => !ended(job) && job.deleted_at === null));
+      }
+      return jobs;
+    },
+
+    /** A hidden tab looks now and then at what it waits for, and holds no connection meanwhile: a
+     * browser has few of them for one server. */
     follow() {
       clearTimeout(this.timer);
-      if (document.hidden) return this.close();
-      if (this.source) return;
-      this.source = new EventSource("./events");
-      this.source.onmessage = (event) => this.receive(JSON.parse(event.data));
-      this.source.onerror = () => this.lost();
+      if (document.hidden && this.wanted().every(ended)) return this.close();
+      if (!this.source || this.hidden !== document.hidden) this.open();
+    },
+
+    /** Have the server tell of what is on the page by now; jobs that have left it do no harm. */
+    name() {
+      if (!this.source || this.renaming || this.wanted().every((job) => this.named.has(job.id))) return;
+      this.renaming = setTimeout(() => {
+        this.renaming = 0;
+        if (this.source) this.open();
+      }, NAME_PAUSE);
+    },
+
+    open() {
+      this.close();
+      this.hidden = document.hidden;
+      const wanted = this.wanted();
+      this.named = new Set(wanted.map((job) => job.id));
+      live.jobs = new Map([...live.jobs].filter(([jobId]) => this.named.has(jobId)));
+      const query = new URLSearchParams({ jobs: [...this.named].join() });
+      const pictured = new Set(wanted.filter((job) => !ended(job)).map((job) => job.id));
+      if (this.hidden) query.set("hidden", "true");
+      else if (pictured.size) query.set("pictures", [...pictured].join());
+      const source = new EventSource(`./events?${decodeURIComponent(query)}`);
+      source.onmessage = (event) => this.receive(JSON.parse(event.data));
+      source.onerror = () => {
+        // The server ends the stream of a hidden tab, and the browser comes back when it was told to
+        const expected = this.hidden && source.readyState === EventSource.CONNECTING;
+        if (source === this.source && !expected) this.lost();
+      };
+      this.source = source;
     },
 
     close() {
@@ -195,6 +243,7 @@
 
     lost() {
       this.close();
+      live.jobs.clear();
       if (live.connected !== false) {
         live.connected = false;
         header.render();
@@ -212,24 +261,46 @@
       header.render();
     },
 
-    receive(snapshot) {
+    receive(event) {
       live.loggedOut = false;
       const wasAway = live.connected === false;
-      Object.assign(live, { snapshot, connected: true, receivedAt: performance.now() });
-      live.jobs = new Map(snapshot.jobs.map((job) => [job.id, job]));
+      Object.assign(live, { head: event, connected: true, receivedAt: performance.now() });
+      if (event.slots) Object.assign(live, { slots: event.slots, slotsAt: event.now });
       this.retry = RETRY_FIRST;
+      const changed = this.merge(event);
       header.render();
-      panel.follow();
-      gallery.follow(wasAway);
+      panel.follow(changed);
+      gallery.follow(changed);
       if (wasAway) {
         announce("Connected again.");
         panel.reload();
+        gallery.later(REFRESH_PAUSE);
       }
+      if (document.hidden) this.follow();
+    },
+
+    /** The newest views of the jobs that an event tells of; one that is gone has no other field. */
+    merge(event) {
+      const changed = new Map();
+      const latest = (jobId) => changed.get(jobId) ?? live.jobs.get(jobId);
+      for (const job of event.jobs) changed.set(job.id, { ...latest(job.id), ...job });
+      for (const [jobId, image] of Object.entries(event.pictures ?? {})) {
+        changed.set(jobId, { ...latest(jobId), image });
+      }
+      for (const [jobId, job] of changed) {
+        if (job.status !== "PROCESSING") job.image = null;
+        if (job.gone) live.jobs.delete(jobId);
+        else live.jobs.set(jobId, job);
+      }
+      return [...changed.values()];
     },
   };
 
-  /** Seconds since the newest snapshot, to let times run on between two of them. */
-  const sinceSnapshot = () => (performance.now() - live.receivedAt) / 1000;
+  /** Seconds since the newest event, to let times run on between two of them. */
+  const sinceEvent = () => (performance.now() - live.receivedAt) / 1000;
+
+  /** Seconds on the clock by which the stream tells of times. */
+  const serverNow = () => live.head.now + sinceEvent();
 
   // Header
 
@@ -268,8 +339,9 @@
         setText(this.counts, "");
         return;
       }
-      if (!live.snapshot) return;
-      const { slots, pending, processing, held } = live.snapshot;
+      if (!live.head) return;
+      const { slots } = live;
+      const { pending, processing, held } = live.head;
       this.dot.dataset.state = this.worst(slots);
       setText(this.slots, this.describe(slots));
       const kept = held ? ` · ${held} held` : "";
@@ -302,14 +374,15 @@
         return this.counting(slot.detail) || slot.state;
       }
       const reason = slot.detail ? `: ${slot.detail}` : "";
-      const retry = slot.retry_seconds ? `, again in ${remaining(slot.retry_seconds)}` : "";
+      const left = slot.retry_at === null ? 0 : slot.retry_at - serverNow();
+      const retry = left > 0 ? `, again in ${remaining(left)}` : "";
       return slot.state + reason + retry;
     },
 
-    /** "loading the model, 12 s" goes on counting between two snapshots. */
+    /** "loading the model, 12 s" goes on counting between two events. */
     counting(detail) {
       return detail.replace(/, (\d+) s$/, (_, seconds) => {
-        return `, ${Math.round(Number(seconds) + sinceSnapshot())} s`;
+        return `, ${Math.round(Number(seconds) + serverNow() - live.slotsAt)} s`;
       });
     },
   };
@@ -349,7 +422,11 @@
     const add = (...parameters) => list.push(button(...parameters));
     if (!ended(job)) {
       const label = job.cancel_requested ? "Stopping" : "Stop";
-      const stop = () => attempt(() => ask("cancel_job", job.id));
+      const stop = () =>
+        attempt(async () => {
+          const stopping = await ask("cancel_job", job.id);
+          panel.take({ ...live.jobs.get(job.id), ...stopping }); // with its picture
+        });
       const title = mine(job) ? undefined : notMine(job);
       if (job.held) {
         const again = () => attempt(async () => panel.take(await ask("retry_job", job.id)));
@@ -511,7 +588,8 @@
     tick() {
       const left = this.job.eta_seconds;
       const known = left !== null && left !== undefined && !this.job.cancel_requested;
-      setText(this.eta, known ? `about ${remaining(left - sinceSnapshot())} left` : "");
+      const age = this.job.as_of === undefined ? 0 : serverNow() - this.job.as_of;
+      setText(this.eta, known ? `about ${remaining(left - age)} left` : "");
     }
 
     showMedia(job) {
@@ -597,7 +675,8 @@
     tiles: new Map(),
     paired: "",
     unpair: null,
-    reloadAt: 0,
+    leaving: null, // id of a job that is being deleted here
+    listed: undefined, // as the gallery's, when what is shown was asked for
 
     mount(part) {
       this.prompt = h("p", { className: "m-prompt", dir: "auto", id: "mochi-prompt" });
@@ -647,7 +726,7 @@
     async reload() {
       const jobId = shown.jobId;
       if (!jobId) return;
-      this.reloadAt = performance.now() + STALE_PAUSE;
+      this.listed = live.head?.listed;
       try {
         const lineage = await ask("lineage", jobId);
         if (shown.jobId !== jobId || shown.deleted) return;
@@ -677,17 +756,23 @@
       }
     },
 
-    follow() {
+    follow(changed) {
       if (!shown.jobId) return;
       const before = this.current()?.status;
-      for (const job of live.jobs.values()) this.take(job);
-      const lost = [shown.preview, shown.enhance].some(
-        (job) => job && !ended(job) && !live.jobs.has(job.id),
-      );
-      if (lost && performance.now() > this.reloadAt) this.reload();
+      for (const job of changed) {
+        if (!job.gone) this.take(job);
+        else if (job.id !== shown.deleted?.id && job.id !== this.leaving) this.reload();
+      }
       const job = this.current();
       if (job && before && job.status !== before) announce(`${kindName(job)}: ${statusName(job)}`);
       this.render();
+    },
+
+    /** Whether somebody may have asked for an enhance of the preview that is shown. */
+    outdated() {
+      const none = !shown.enhance || ["FAILED", "CANCELLED"].includes(shown.enhance.status);
+      const awaited = shown.preview?.status === "COMPLETED" && none && !shown.deleted;
+      return awaited && live.head.listed !== this.listed;
     },
 
     /** The job that is worth a word: the enhance when it is shown, else the preview. */
@@ -706,6 +791,7 @@
       this.renderTiles(jobs);
       this.pair(jobs);
       this.showTitle();
+      stream.name();
     },
 
     renderTiles(jobs) {
@@ -757,6 +843,7 @@
 
     async enhance(jobId) {
       this.take(await ask("enhance_job", jobId));
+      gallery.refresh();
     },
 
     async retry(job) {
@@ -766,12 +853,18 @@
         return this.take(enhance);
       }
       const again = await ask("retry_job", job.id);
+      gallery.refresh();
       return this.select(again.id, again);
     },
 
     async delete(job) {
-      await ask("delete_job", job.id);
-      shown.deleted = job;
+      this.leaving = job.id; // the stream may tell so before the answer does
+      try {
+        await ask("delete_job", job.id);
+        shown.deleted = job;
+      } finally {
+        this.leaving = null;
+      }
       if (job.enhanced) shown.enhance = null;
       else shown.preview = null;
       gallery.refresh();
@@ -880,9 +973,12 @@
     page: 1,
     total: 0,
     cards: new Map(),
-    seen: "",
+    listed: 0, // as `/events` counts: when it moves, jobs have come or gone
+    marked: 0, // likewise: a status or a star has changed
     asked: 0,
     timer: 0,
+    renewing: 0,
+    renewedAt: -Infinity,
 
     mount(part) {
       this.search = h("input", {
@@ -991,7 +1087,7 @@
         const last = Math.max(1, Math.ceil(found.total / PAGE_SIZE));
         if (page > last) return this.later(0, { page: last });
         this.problem.hidden = true;
-        this.total = found.total;
+        Object.assign(this, { total: found.total, listed: found.listed, marked: found.marked });
         this.render(found.jobs);
       } catch (error) {
         setText(this.problem, error.message);
@@ -1015,6 +1111,7 @@
       if (!same) this.list.replaceChildren(...elements);
       this.renderFrame();
       this.markSelected();
+      stream.name();
     },
 
     renderFrame() {
@@ -1046,16 +1143,28 @@
       }
     },
 
-    /** Keep cards of live jobs fresh; ask again when a job came, or changed its status. */
-    follow(force) {
-      for (const [jobId, card] of this.cards) {
-        const job = live.jobs.get(jobId);
-        if (job && this.filter !== "trash") card.update(job);
+    /** Keep cards of live jobs fresh; ask again when the history has changed. */
+    follow(changed) {
+      for (const job of changed) {
+        if (!job.gone && this.filter !== "trash") this.cards.get(job.id)?.update(job);
       }
-      const seen = [...live.jobs.values()].map((job) => [job.id, job.status, job.held, job.starred]).join();
-      if (seen === this.seen && !force) return;
-      this.seen = seen;
-      if (this.page === 1 && this.filter !== "trash") this.later(REFRESH_PAUSE);
+      if (!this.renewing && (this.outdated() || panel.outdated())) this.renew();
+    },
+
+    /** Whether the first page may list other jobs by now. Later ones and the trash stay as they are. */
+    outdated() {
+      if (this.page > 1 || this.filter === "trash") return false;
+      const unmarked = ["all", "previews", "enhanced"].includes(this.filter);
+      return live.head.listed !== this.listed || (!unmarked && live.head.marked !== this.marked);
+    },
+
+    renew() {
+      const pause = Math.max(REFRESH_PAUSE, this.renewedAt + REFRESH_LEAST - performance.now());
+      this.renewing = setTimeout(() => {
+        Object.assign(this, { renewing: 0, renewedAt: performance.now() });
+        if (panel.outdated()) panel.reload();
+        if (this.outdated()) this.refresh();
+      }, pause);
     },
   };
 
@@ -1105,6 +1214,7 @@
       this.drawn = String(outcome.job.seed);
       parts.panel.trigger("drawn");
       panel.select(outcome.job.id, outcome.job);
+      gallery.refresh();
       announce("Job accepted.");
       panel.reveal();
     },
@@ -1167,7 +1277,7 @@
   }
 
   function tick() {
-    if (stream.source && live.connected && sinceSnapshot() > SILENCE) stream.lost();
+    if (stream.source && live.connected && sinceEvent() > SILENCE) stream.lost();
     header.render();
     for (const tile of panel.tiles.values()) if (tile.job && !ended(tile.job)) tile.tick();
   }

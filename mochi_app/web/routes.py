@@ -6,120 +6,26 @@ A file is found by its job's id alone; no path ever comes from a caller.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import math
-import time
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Annotated, Any
 
-import orjson
-from fastapi import APIRouter, FastAPI, HTTPException, Request
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi import APIRouter, FastAPI, HTTPException, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from gradio.route_utils import FnIndexInferError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 from starlette.routing import Mount
-from starlette.types import Receive, Scope, Send
 
 from mochi_app.jobs import JOB_ID, JobStatus, NotFound, RequestError
 from mochi_app.studio import Studio
 from mochi_app.web.doors import address_of, is_stranger
+from mochi_app.web.events import STREAM_HEADERS, EventFeed, Listening, Wanted
 from mochi_app.web.hosts import UNSERVED
 
 log = logging.getLogger(__name__)
 
-EVENTS_INTERVAL = 0.2  # seconds; at most so often a page hears of changes
-KEEPALIVE_SECONDS = 15.0
 OPENLY = ("slot", "state")  # what /healthz tells of a slot to strangers
-EVENTS_BYTES = 20e6  # a second, to all pages together; with many pages each hears less often
-MOST_STREAMS = 768  # pages that may listen at a time
-STREAMS_OF_ADDRESS = 256  # of them, from one address
-RETRY_SECONDS = 10  # after which a page that was sent away may ask again
-PIECE_BYTES = 1 << 16  # written at a time: a page that does not read holds no more than two
 READS = ["GET", "HEAD"]  # the server leaves the body of a HEAD out
-STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
-LIVE_JOBS = 200  # jobs in one event; the rest of a longer queue is asked for by page
-
-
-class EventFeed:
-    """The live state, serialised for all tabs at once, at most once an interval.
-
-    Each event is the whole snapshot: a page that missed one needs no repair.
-
-    No address has more than a third of the pages that may listen: a client has one of IPv4 and one
-    of IPv6, and leaves a third to the others. That is 256, not fewer, as behind a proxy that is not
-    trusted (`MOCHI_TRUSTED_PROXIES`) everybody has one address: fifty people with five tabs each.
-    """
-
-    def __init__(self, studio: Studio) -> None:
-        self._studio = studio
-        self._built_at = -math.inf  # time.monotonic()
-        self._count = -1  # changes that the payload shows
-        self._payload = b""
-        self._open: Counter[str] = Counter()  # pages that listen, by address
-
-    @property
-    def _interval(self) -> float:
-        """Seconds between two events of a page."""
-        return max(EVENTS_INTERVAL, self._open.total() * len(self._payload) / EVENTS_BYTES)
-
-    @contextlib.contextmanager
-    def seat(self, address: str) -> Iterator[None]:
-        """A place among the pages that listen.
-
-        Raises:
-            HTTPException: there is none, for this address (429) or for anybody (503).
-        """
-        later = {"retry-after": str(RETRY_SECONDS)}
-        if self._open[address] >= STREAMS_OF_ADDRESS:
-            told = f"{STREAMS_OF_ADDRESS} pages of your address listen already: close some of them"
-            raise HTTPException(429, told, later)
-        if self._open.total() >= MOST_STREAMS:
-            raise HTTPException(503, f"{MOST_STREAMS} pages listen already: try again later", later)
-        self._open[address] += 1
-        try:
-            yield
-        finally:
-            self._open -= Counter([address])
-
-    def _serialised(self) -> tuple[bytes, int]:
-        """The newest payload and the number of changes it shows."""
-        changed = self._studio.changed.count
-        age = time.monotonic() - self._built_at
-        if age >= 1 or (changed != self._count and age >= self._interval / 2):  # ETAs age alone
-            self._built_at, self._count = time.monotonic(), changed
-            snapshot = self._studio.live.snapshot(LIVE_JOBS)
-            self._payload = b"data: " + orjson.dumps(snapshot) + b"\n\n"
-        return self._payload, self._count
-
-    async def stream(self) -> AsyncIterator[bytes]:
-        """Server-sent events until the client or the server goes."""
-        while not self._studio.stopping:
-            payload, count = self._serialised()
-            for start in range(0, len(payload), PIECE_BYTES):
-                yield payload[start : start + PIECE_BYTES]
-            await asyncio.sleep(self._interval)
-            try:
-                async with asyncio.timeout(KEEPALIVE_SECONDS):
-                    await self._studio.changed.after(count)
-            except TimeoutError:
-                yield b": still here\n\n"
-
-
-class Listening(StreamingResponse):
-    """The stream of a feed. It has its seat from before its first byte until its client is gone,
-    so that pages which come in one moment are counted one by one."""
-
-    def __init__(self, feed: EventFeed, address: str) -> None:
-        super().__init__(feed.stream(), media_type="text/event-stream", headers=STREAM_HEADERS)
-        self._feed = feed
-        self._address = address
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._feed.seat(self._address):
-            await super().__call__(scope, receive, send)
 
 
 def add_routes(app: FastAPI, studio: Studio) -> None:
@@ -149,9 +55,19 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/events")
-    async def events(request: Request) -> Listening:
-        """The live state as server-sent events; 429 or 503 when too many listen."""
-        return Listening(feed, address_of(request))
+    async def events(
+        request: Request,
+        jobs: Annotated[list[str] | None, Query()] = None,
+        pictures: Annotated[list[str] | None, Query()] = None,
+        hidden: bool = False,
+    ) -> Listening:
+        """The live state as server-sent events (`events.py`); 400 when the jobs cannot be told of,
+        429 or 503 when too many listen."""
+        try:
+            wanted = Wanted.parse(jobs, pictures, hidden)
+        except RequestError as error:
+            raise HTTPException(400, str(error)) from None
+        return Listening(feed, address_of(request), wanted)
 
     @router.head("/events")
     async def events_head() -> Response:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +114,17 @@ class Calls:
         return self._studio.lineage(job_id)
 
     async def list_jobs(self, question: Any, _: Caller) -> dict[str, Any]:
-        """A page of the history: `filter`, `query`, `page`, `page_size`."""
+        """A page of the history: `filter`, `query`, `page`, `page_size`; and the state of the
+        listings, `listed` and `marked`, as `/events` counts it."""
         if not isinstance(question, dict) or str(question.get("filter")) not in FILTERS:
             raise jobs.refuse("filter", question, "one of " + ", ".join(FILTERS))
-        return self._studio.list_jobs(
+        found = self._studio.list_jobs(
             query=question.get("query"),
             page=question.get("page"),
             page_size=question.get("page_size"),
             **FILTERS[str(question["filter"])],
         )
+        return found | asdict(self._studio.history.revisions)
 
     async def enhance_job(self, job_id: Any, by: Caller) -> dict[str, Any]:
         """The many-step version of a finished preview."""

@@ -45,6 +45,23 @@ def fill(data_dir: Path, count: int) -> float:
     return time.perf_counter() - started
 
 
+def queue_up(data_dir: Path, count: int, prompt: str, **shape: Any) -> list[str]:
+    """Write `count` jobs that wait, of the smallest size, into an empty data folder; their ids."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    small = {"height": 64, "width": 64, "num_frames": 7, "num_inference_steps": 64}
+    shape = parameters(random.Random(0)) | {"kind": "preview"} | small | shape
+    ids, now = JobIds(), time.time()
+    jobs = [
+        Job(id=ids.draw(), prompt=prompt, submitted_at=now, **shape, **waiting())
+        for _ in range(count)
+    ]
+    store = RecordStore(data_dir)
+    store.open()
+    store.write({JOB + job.id: job.to_record() for job in jobs})
+    store.close(count)
+    return [job.id for job in jobs]
+
+
 def generated(count: int, seed: int = 0) -> Iterator[Job]:
     """`count` jobs of the past year, oldest first."""
     draw = random.Random(seed)

@@ -7,7 +7,6 @@ import contextlib
 import re
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +15,11 @@ from typing import Any
 
 import httpx
 
-from mochi_app.jobs import Job, JobIds
-from mochi_app.record_store import JOB, RecordStore
-from mochi_app.web.routes import STREAMS_OF_ADDRESS
+from mochi_app.web.events import MOST_NAMED, STREAMS_OF_ADDRESS
 from tests.benchmarks import records
+from tests.conftest import eventually
 from tests.crowds import browser, call, deaf_listener, flood, post
+from tests.listening import Heard, address, listening
 from tests.serving import Served, poll
 
 Serve = Callable[..., Served]
@@ -159,34 +158,9 @@ def test_a_lost_ticket_is_noticed(serve: Serve, tmp_path: Path) -> None:
 def test_a_thousand_waiting_jobs_and_200_watchers(serve: Serve, tmp_path: Path) -> None:
     """1,000 jobs wait and 200 clients watch: everybody hears of every step that is made, and one
     job more is refused with the reason."""
-    fill_with_pending(tmp_path / "data", 890)
+    records.queue_up(tmp_path / "data", 890, "slow")
     served = serve("ok", MOCHI_MAX_PENDING="1000").ready()
     asyncio.run(watch_in_crowds(served))
-
-
-def fill_with_pending(data_dir: Path, count: int) -> None:
-    """Jobs that wait since before the server's start."""
-    ids, now = JobIds(), time.time()
-    data_dir.mkdir()
-    store = RecordStore(data_dir)
-    store.open()
-    shape = {
-        **{"negative_prompt": "", "seed": 1, "num_inference_steps": 64, "guidance_scale": 3.0},
-        **{"height": 64, "width": 64, "num_frames": 7, "fps": 12, "model": "tiny-mochi"},
-    }
-    jobs = [
-        Job(
-            id=ids.draw(),
-            kind="preview",
-            prompt="slow",
-            submitted_at=now,
-            **shape,
-            **records.waiting(),
-        )
-        for _ in range(count)
-    ]
-    store.write({JOB + job.id: job.to_record() for job in jobs})
-    store.close(count)
 
 
 async def watch_in_crowds(served: Served) -> None:
@@ -284,14 +258,15 @@ def opened_page(served: Served, address: str) -> socket.socket:
 def test_pages_that_never_read_cost_no_memory(serve: Serve, tmp_path: Path) -> None:
     """20 pages open /events and read nothing while jobs run: the server keeps none of what they
     were to hear, and a page that reads hears everything."""
-    fill_with_pending(tmp_path / "data", 150)  # an event is long, and they run for minutes
+    data, long = tmp_path / "data", "slow " + "word " * 390
+    jobs = records.queue_up(data, 150, long)  # they run for minutes
     served = serve("ok", MOCHI_MAX_PENDING="200").ready()
-    submit(served, "the first")
-    told(served, 2 << 20)  # whatever a server needs once, it has by now
+    path = address(jobs[:MOST_NAMED])  # 140 KB, when it is opened
+    asyncio.run(steps_heard(served, path, 20))  # whatever a server needs once, it has by now
     before = served.memory_mib
-    deaf = [deaf_listener(served.port, "/events") for _ in range(20)]
+    deaf = [deaf_listener(served.port, path) for _ in range(20)]
     try:
-        told(served, 12 << 20)
+        asyncio.run(steps_heard(served, path, 100))
         # The system takes up to 3 MiB for each of them; the other 9 are nobody's.
         assert served.memory_mib - before < 40
     finally:
@@ -299,12 +274,8 @@ def test_pages_that_never_read_cost_no_memory(serve: Serve, tmp_path: Path) -> N
             connection.close()
 
 
-def told(served: Served, size: int) -> None:
-    """Read /events until it has said so many bytes."""
-    with httpx.stream("GET", f"{served.url}/events", timeout=30) as stream:
-        heard = 0
-        for piece in stream.iter_bytes():
-            heard += len(piece)
-            if heard > size:
-                return
-    raise AssertionError(f"/events ended after {heard} bytes")
+async def steps_heard(served: Served, path: str, count: int) -> None:
+    """Listen until so many events have come."""
+    heard = Heard()
+    async with listening(heard, served.url, path):
+        await eventually(lambda: heard.events >= count, f"{count} events", 60)
