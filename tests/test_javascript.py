@@ -53,7 +53,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def run(node: str, *arguments: str) -> dict[str, Any]:
     """What the script printed."""
     command = [node, str(FOLDER / "generate.mjs"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * DEADLINE)
     assert done.stdout, done.stderr
     printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return printed
