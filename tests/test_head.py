@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from mochi_app import accounts
-from mochi_app.web import routes
+from mochi_app.web import events
 from tests.serving import Served
 
 SMALL = {"height": 64, "width": 64, "num_frames": 7, "num_inference_steps": 2}
@@ -78,7 +78,7 @@ def test_a_head_leaves_its_connection_usable(served: Served) -> None:
 
 def test_head_takes_no_seat_of_the_live_events(served: Served) -> None:
     with httpx.Client(base_url=served.url, timeout=10) as client:
-        for _ in range(routes.STREAMS_OF_ADDRESS + 5):
+        for _ in range(events.STREAMS_OF_ADDRESS + 5):
             head = client.head("/events")
             assert head.status_code == 200
         assert head.headers["content-type"].startswith("text/event-stream")
