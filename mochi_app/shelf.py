@@ -6,6 +6,7 @@ A record and its files change together, under one lock; files go before the reco
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import math
@@ -14,9 +15,10 @@ from dataclasses import replace
 from typing import Any
 
 from mochi_app.history import History
-from mochi_app.jobs import Conflict, Job, NotFound, parse_job_id
+from mochi_app.jobs import Conflict, Job, NotFound, RequestError, parse_job_id
 from mochi_app.media import MediaStore
 from mochi_app.pulse import Pulse
+from mochi_app.store_errors import reason_of
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class Shelf:
 
         Raises:
             Conflict: it has not ended.
+            RequestError: the disk refuses.
         """
         if not job.status.terminal:
             raise Conflict(f"job {job.id} is {job.status}: cancel it before deleting it")
@@ -45,21 +48,42 @@ class Shelf:
             job = await self._history.update(
                 job.id, lambda job: replace(job, deleted_at=job.deleted_at or time.time())
             )
-            await asyncio.to_thread(self._media.withhold, job.id)
+            try:
+                await asyncio.to_thread(self._media.withhold, job.id)
+            except OSError as error:
+                await self._stays(job, error)
         self._changed.beat()
         return job
+
+    async def _stays(self, job: Job, refusal: OSError) -> None:
+        """The job is not deleted, as its video cannot be withheld.
+
+        Raises:
+            RequestError: always, with the reason.
+        """
+        await self._history.update(job.id, lambda job: replace(job, deleted_at=None))
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(self._media.unwithhold, job.id)
+        told = f"its video cannot be moved to the folder withheld ({reason_of(refusal)})"
+        raise RequestError(f"job {job.id} is not deleted: {told}") from refusal
 
     async def restore(self, job_id: Any) -> Job:
         """Undo a delete.
 
         Raises:
             NotFound: the trash has no such job (any more).
+            RequestError: the disk refuses.
         """
         async with self._changing:
             job = self._history.get(parse_job_id(job_id))
             if job is None or job.deleted_at is None:
                 raise NotFound(f"job_id: the trash has no such job: {job_id}")
-            await asyncio.to_thread(self._media.unwithhold, job.id)
+            await self._history.check()
+            try:
+                await asyncio.to_thread(self._media.unwithhold, job.id)
+            except OSError as error:
+                told = f"its video cannot be moved to the folder videos ({reason_of(error)})"
+                raise RequestError(f"job {job.id} is not restored: {told}") from error
             job = await self._history.update(job.id, lambda job: replace(job, deleted_at=None))
         self._changed.beat()
         return job
@@ -79,6 +103,7 @@ class Shelf:
         job = self._history.get(job_id)
         if job is None or job.deleted_at is None or job.deleted_at > limit:
             return False
+        await self._history.check()  # never a file of a folder that is another's
         try:
             await asyncio.to_thread(self._media.remove, job.id)
         except OSError as error:  # the others go all the same; this one is tried again
