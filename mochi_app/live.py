@@ -32,6 +32,7 @@ class Live:
     image: str | None = None
     cancel_requested: bool = False
     blameless: bool = False  # should its slot die, that is not the job's doing
+    waits_for: str | None = None  # why its finished video is not in place yet
     ended_at: float | None = None
 
 
@@ -107,11 +108,17 @@ class LiveJobs:
             "cancel_requested": self.cancelling(job),
             "position": place.position if place else None,
             "eta_seconds": self._eta(job, live, place),
-            "waits_for": self._lacks(job) if job.status is JobStatus.PENDING else None,
+            "waits_for": self._waits_for(job, live),
             "video_missing": missing,
             "video_url": f"/files/{job.id}" if video else None,
             "poster_url": f"/files/{job.id}/poster" if there and job.poster else None,
         }
+
+    def _waits_for(self, job: Job, live: Live | None) -> str | None:
+        """Why the job does not begin, though a slot may be ready, or why its video is not there."""
+        if job.status is JobStatus.PENDING:
+            return self._lacks(job)
+        return live.waits_for if live else None
 
     def cancelling(self, job: Job) -> bool:
         """Whether the job is about to be cancelled."""

@@ -24,6 +24,7 @@ from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
 from mochi_app.jobs import JOB_ID, JobStatus, NotFound, RequestError
+from mochi_app.store_errors import reason_of
 from mochi_app.studio import Studio
 from mochi_app.web.doors import address_of, is_stranger
 
@@ -154,7 +155,8 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
     async def video(job_id: str, download: bool = False) -> FileResponse:
         """The job's MP4; answers Range."""
         view = found(studio, job_id)
-        path = studio.media.video_path(job_id)
+        with disk_errors():
+            path = studio.media.video_path(job_id)
         if path is None and view["evicted_at"] is None:
             log.error("job %s: its video is gone from the disk", job_id)
             studio.changed.beat()  # its view says so from now on
@@ -163,7 +165,9 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
     @router.api_route("/files/{job_id}/poster", methods=["GET", "HEAD"])
     async def poster(job_id: str) -> FileResponse:
         """The job's poster."""
-        path = studio.media.poster_path(found(studio, job_id)["id"])
+        job_id = found(studio, job_id)["id"]
+        with disk_errors():
+            path = studio.media.poster_path(job_id)
         return file_response(path, "image/webp", False)
 
     @router.api_route("/gradio_api/file={path:path}", methods=["GET", "HEAD"])
@@ -215,6 +219,16 @@ def found(studio: Studio, job_id: str) -> dict[str, Any]:
     if view["status"] != JobStatus.COMPLETED:
         raise HTTPException(404, f"job {job_id} is {view['status']}: it has no files")
     return view
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Answer an error of the disk with HTTP 503 and its reason."""
+    try:
+        yield
+    except OSError as error:
+        told = f"the file cannot be read now: {reason_of(error)}"
+        raise HTTPException(503, told, {"retry-after": str(RETRY_SECONDS)}) from error
 
 
 def file_response(path: Any, media_type: str, download: bool) -> FileResponse:
