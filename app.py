@@ -29,6 +29,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from mochi_app.engine.pool import Pool
 from mochi_app.engine.slot import ENGINE_COMMAND
 from mochi_app.history import History, HistoryError
+from mochi_app.jobs import JobStatus
 from mochi_app.logs import log_stderr, start_logging
 from mochi_app.media import MediaStore
 from mochi_app.settings import Settings, SettingsError, load_model_defaults, load_settings
@@ -180,7 +181,8 @@ async def serve(settings: Settings, engine_command: Sequence[str] = ENGINE_COMMA
     defaults = load_model_defaults(settings)
     history = await History.open(settings.data_dir)
     media = await asyncio.to_thread(MediaStore, settings.data_dir)
-    swept = await asyncio.to_thread(media.sweep)
+    unfiled = {job.id for job in history.with_status(JobStatus.PROCESSING)}
+    swept = await asyncio.to_thread(media.sweep, unfiled)
     log.info("swept leftovers: %s", swept)
     pool = Pool(settings, media.scratch, command=engine_command)
     studio = Studio(settings, defaults, history, media, pool)

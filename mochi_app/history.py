@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 MAX_BATCH = 100  # writes in one transaction; bounds the time the event loop spends on them
 HEAL_SECONDS = 1.0  # between tries to write to a store that refused
 UPTIME_SECONDS = 600.0  # that a kill may take off the uptime
+ANSWER_SECONDS = 20.0  # more than a database that is held by another program takes
 FIXED = ("id", "owner", "request_id", "parent_id", "prompt")  # told at submit, indexed once
 
 T = TypeVar("T")
@@ -117,6 +118,7 @@ class History:
         self._writer: asyncio.Task[None] | None = None
         self._unsure: set[str] = set()  # jobs of a failed write, until they are read again
         self._healer: asyncio.Task[None] | None = None
+        self._looking: asyncio.Future[None] | None = None
         self._closed = False
         self.problem: str | None = None  # why the last write failed, until one succeeds
 
@@ -293,6 +295,30 @@ class History:
             return job
 
         await self._write(plan)
+
+    async def check(self) -> None:
+        """See that the store is where the next start would look for it, and answers.
+
+        Raises:
+            HistoryError: it is not, or does not; no file of the data folder may be touched.
+        """
+        if self._closed:
+            return
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.ensure_future(self._run(self._store.check))
+            self._looking.add_done_callback(lambda done: done.cancelled() or done.exception())
+        looking = self._looking  # another caller may begin another one
+        await asyncio.wait([looking], timeout=ANSWER_SECONDS)
+        try:
+            if not looking.done():
+                raise HistoryError(
+                    f"the disk of the history has not answered for {ANSWER_SECONDS:g} seconds:"
+                    " check the disk and the mount"
+                )
+            looking.result()
+        except HistoryError as error:
+            self._ail(str(error))
+            raise HistoryError(*error.args) from error  # others may have got it, too
 
     # The one way to the disk
 

@@ -40,6 +40,7 @@ class Live:
     image: str | None = None
     cancel_requested: bool = False
     blameless: bool = False  # should its slot die, that is not the job's doing
+    waits_for: str | None = None  # why its finished video is not in place yet
     ended_at: float | None = None
 
 
@@ -105,7 +106,6 @@ class LiveJobs:
         place = self._place(job)
         there = job.status is JobStatus.COMPLETED and job.deleted_at is None
         done = job.status is JobStatus.COMPLETED
-        waits = job.status is JobStatus.PENDING and job.held is None
         missing = there and job.evicted_at is None and not self._has_video(job.id)
         video = there and job.evicted_at is None and not missing
         return job.to_record() | {
@@ -119,11 +119,17 @@ class LiveJobs:
             "cancel_requested": self.cancelling(job),
             "position": place.position if place else None,
             "eta_seconds": self._eta(job, live, place),
-            "waits_for": self._lacks(job) if waits else None,
+            "waits_for": self._waits_for(job, live),
             "video_missing": missing,
             "video_url": f"/files/{job.id}" if video else None,
             "poster_url": f"/files/{job.id}/poster" if there and job.poster else None,
         }
+
+    def _waits_for(self, job: Job, live: Live | None) -> str | None:
+        """Why the job does not begin, though a slot may be ready, or why its video is not there."""
+        if job.status is JobStatus.PENDING:
+            return self._lacks(job) if job.held is None else None
+        return live.waits_for if live else None
 
     def cancelling(self, job: Job) -> bool:
         """Whether the job is about to be cancelled."""

@@ -9,6 +9,7 @@ job id of the right form, a slot's number, or a bare file name.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -36,12 +37,17 @@ class MediaError(ValueError):
     """A file is not what it should be. The message names the file, without its folder, and why."""
 
 
+class MediaGone(MediaError):
+    """There is no such file, though its name is a good one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """How many files a sweep removed: left in scratch, temporary ones."""
+    """How many files a sweep removed (left in scratch, temporary ones), and videos it filed."""
 
     scratch: int
     temporary: int
+    filed: int = 0
 
 
 class MediaStore:
@@ -86,20 +92,26 @@ class MediaStore:
         Raises:
             RequestError: not a job id.
             MediaError: a name is not that of a regular file in the slot's scratch folder.
-            OSError: the disk refuses.
+            OSError: the disk refuses; calling again goes on where it stopped.
         """
         job_id = parse_job_id(job_id)
-        sources = [inside(self._scratch(slot), name) for name in (poster_name, video_name)]
-        targets = [self._poster(job_id), self._video(job_id)]
-        for source in sources:
+        video = inside(self._scratch(slot), video_name)
+        poster: Path | None = None
+        try:
+            poster = inside(self._scratch(slot), poster_name)
+        except MediaGone:
+            if not self._poster(job_id).is_file():  # else it was moved when the video could not be
+                raise
+        for source in filter(None, (poster, video)):
             fsync(source)
-        size = sources[1].stat().st_size
-        for source, target in zip(sources, targets, strict=True):
-            os.replace(source, target)
+        size = video.stat().st_size
+        for place, target in ((poster, self._poster(job_id)), (video, self._video(job_id))):
+            if place is not None:
+                move(place, target)
             fsync(target.parent)
         with self._lock:
             self._sizes[job_id] = size
-        return targets[1].name, targets[0].name
+        return self._video(job_id).name, self._poster(job_id).name
 
     def scratch_size(self, slot: int, name: str) -> int:
         """Bytes of a file in the slot's scratch folder. Raises as `finalise`."""
@@ -123,12 +135,13 @@ class MediaStore:
 
         Raises:
             RequestError: not a job id.
+            OSError: the disk does not say.
         """
         path = self._video(parse_job_id(job_id))
         with self._lock:
             try:
                 self._sizes[job_id] = path.stat().st_size
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 self._sizes.pop(job_id, None)
                 return None
         return path
@@ -160,7 +173,7 @@ class MediaStore:
         if not (source / name).is_file():
             return
         size = (source / name).stat().st_size
-        os.replace(source / name, target / name)
+        move(source / name, target / name)
         with self._lock:
             sizes = {self.videos: self._sizes, self.withheld: self._withheld_sizes}
             sizes[source].pop(job_id, None)
@@ -227,10 +240,7 @@ class MediaStore:
         gone = [path for path in self.checkpoints.iterdir() if path.name not in going_on]
         for path in gone:
             with contextlib.suppress(OSError):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+                remove_path(path)
         return len(gone)
 
     def job_ids(self) -> list[str]:
@@ -270,24 +280,52 @@ class MediaStore:
         """Bytes that the data folder's filesystem still takes."""
         return shutil.disk_usage(self.data_dir).free
 
-    def sweep(self) -> Swept:
-        """Remove what a dead server left half done. Only at start: nothing may run meanwhile."""
-        scratch = 0
+    def sweep(self, unfiled: Collection[str] = ()) -> Swept:
+        """Put into place what an earlier server finished for the jobs `unfiled`, and remove what a
+        dead one left half done. Only at start: nothing may run meanwhile.
+
+        What the disk refuses to remove is left to the next start.
+        """
+        scratch = filed = 0
         for folder in (self.data_dir / "scratch").iterdir():
-            scratch += sum(1 for path in folder.rglob("*") if not path.is_dir())
             if folder.is_dir() and not folder.is_symlink():
-                shutil.rmtree(folder)
+                filed += self._file_finished(folder, unfiled)
+                scratch += sum(1 for path in folder.rglob("*") if not path.is_dir())
             else:
-                folder.unlink()
                 scratch += 1
+            with contextlib.suppress(OSError):
+                remove_path(folder)
         temporary = [
             path
             for folder in (self.videos, self.posters, self.withheld)
             for path in folder.glob(f"{TEMPORARY_PREFIX}*")
         ]
         for path in temporary:
-            path.unlink()
-        return Swept(scratch=scratch, temporary=len(temporary))
+            with contextlib.suppress(OSError):
+                path.unlink()
+        return Swept(scratch=scratch, temporary=len(temporary), filed=filed)
+
+    def _file_finished(self, folder: Path, unfiled: Collection[str]) -> int:
+        """Put the whole videos of these jobs from a slot's scratch folder into place; how many."""
+        filed = 0
+        for path in sorted(folder.glob(f"*{VIDEO_SUFFIX}")):
+            job_id = path.name.removesuffix(VIDEO_SUFFIX)
+            if job_id in unfiled and folder.name.isdecimal():
+                with contextlib.suppress(MediaError, OSError):  # then it is made once more
+                    if read_metadata(path).get("job_id") == job_id:
+                        self.finalise(job_id, int(folder.name), path.name, job_id + POSTER_SUFFIX)
+                        filed += 1
+        return filed
+
+    def recount(self) -> None:
+        """Look anew which videos there are: their folders were away, or replaced.
+
+        Raises:
+            OSError: a folder cannot be read.
+        """
+        with self._lock:
+            self._sizes = video_sizes(self.videos)
+            self._withheld_sizes = video_sizes(self.withheld)
 
     def _scratch(self, slot: int) -> Path:
         return self.data_dir / "scratch" / str(int(slot))
@@ -297,6 +335,39 @@ class MediaStore:
 
     def _poster(self, job_id: str) -> Path:
         return self.posters / (job_id + POSTER_SUFFIX)
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a file another place, also on another disk; never is a part of it there.
+
+    Raises:
+        OSError: the disk refuses; the file is where it was.
+    """
+    try:
+        os.replace(source, target)
+        return
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+    try:
+        shutil.copyfile(source, temporary)
+        fsync(temporary)
+        os.replace(temporary, target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # it is swept some day
+        source.unlink()
+
+
+def remove_path(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def video_sizes(folder: Path) -> dict[str, int]:
@@ -323,7 +394,7 @@ def inside(folder: Path, name: str) -> Path:
     if not name or name in (".", "..") or "\0" in name or path.parent != folder:
         raise MediaError(f"file name {shown(name)}: expected a bare name without folders")
     if path.is_symlink() or not path.is_file():
-        raise MediaError(f"{shown(name)}: no such file in {folder.name}")
+        raise MediaGone(f"{shown(name)}: no such file in {folder.name}")
     return path
 
 

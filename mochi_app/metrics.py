@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -77,8 +79,10 @@ class Now(Collector):
             "mochi_jobs_held": ("Jobs that wait for a person to try them again.", held),
             "mochi_videos_bytes": ("Bytes of all videos.", self._media.total_bytes()),
             "mochi_quota_bytes": ("Room for videos, in bytes.", self._shelf.quota_bytes),
-            "mochi_disk_free_bytes": ("Free on the data disk.", self._media.free_bytes()),
         }
+        with contextlib.suppress(OSError):  # a disk that is gone has no free bytes, and no zero
+            free = self._media.free_bytes()
+            sizes["mochi_disk_free_bytes"] = ("Free on the data disk.", free)
         gauges = [GaugeMetricFamily(name, text, value=value)
                   for name, (text, value) in sizes.items()]  # fmt: skip
         return [jobs, *gauges, *self._slots()]

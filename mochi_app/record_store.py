@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
+import logging
 import os
 import secrets
 import sqlite3
@@ -29,6 +30,10 @@ import orjson
 from mochi_app.files import fsync
 from mochi_app.job_index import JobIndex, RequestKey
 from mochi_app.jobs import Job, shown
+from mochi_app.opened import Opened, leads_to
+from mochi_app.store_errors import reason_of
+
+log = logging.getLogger(__name__)
 
 LOCK_NAME = "server.lock"
 DATABASE, SENTINEL = diskcache.core.DBNAME, "store.json"
@@ -399,6 +404,7 @@ class RecordStore:
         self._lock: int | None = None
         self._cache: Any = None
         self._sentinel: int | None = None  # open descriptor of store.json
+        self._opened: Opened | None = None  # all files of the store, from the end of `open`
         self._jobs = 0  # at the last start or end
         self._checkpointed_at = 0.0
         self._clock = clock
@@ -436,6 +442,7 @@ class RecordStore:
                 self._uptime, self._opened_at = uptime_of(self.meta), self._clock()
                 self.write({META: self.meta})
                 self._begin_sentinel()
+                self._hold()
                 return index
         except BaseException:
             self._release()
@@ -468,8 +475,10 @@ class RecordStore:
         """Write these rows, or none of them; None deletes.
 
         Raises:
-            HistoryError: none was written, as far as the disk tells (see `read`).
+            HistoryError: none was written, as far as the disk tells (see `read`), or not where the
+                next start would look for it.
         """
+        self.check()
         changes = sum(key.startswith(JOB) for key in rows)
         meta = {**self.meta, **self._meta_of(rows)}
         meta["writes"] = self.meta.get("writes", 0) + changes
@@ -483,7 +492,9 @@ class RecordStore:
                     self._cache.set(key, value, retry=False, tag=checksum(key, text))
         self.meta = meta
         self._follow()
+        self._hold_log()
         self._checkpoint()
+        self._require_opened()
 
     @staticmethod
     def _meta_of(rows: Rows) -> Record:
@@ -491,11 +502,114 @@ class RecordStore:
         return meta if isinstance(meta, dict) else {}
 
     def read(self, job_ids: list[str]) -> dict[str, Job | None]:
-        """What the disk holds for these ids."""
+        """What the disk holds for these ids.
+
+        Raises:
+            HistoryError: it does not say.
+        """
+        self._require_opened()
         with self._explained("read the history"):
             self.meta = self._cache.get(META, retry=False) or self.meta
             records = {job_id: self._cache.get(JOB + job_id, retry=False) for job_id in job_ids}
             return {key: record and Job.from_record(record) for key, record in records.items()}
+
+    def check(self) -> None:
+        """See that the next start would find what is open here. A lock file or a sentinel that is
+        gone is put back.
+
+        Raises:
+            HistoryLocked, HistoryError: it would not: nothing may be written now.
+        """
+        if self._opened is None:
+            return
+        self._require_opened()
+        with explained(f"look after the history in {self._folder}"):
+            self._keep_lock()
+            self._keep_sentinel()
+
+    def _require_opened(self) -> None:
+        """See that every path leads to the file that is open here.
+
+        Raises:
+            HistoryError: one does not.
+        """
+        if self._opened is None:
+            return
+        try:
+            path = self._opened.stranger()
+        except OSError as error:
+            raise HistoryError(
+                f"cannot reach the data folder: {reason_of(error)}; check the disk and the mount"
+            ) from error
+        if path is None:
+            return
+        if path in self._logs:
+            self._save_log()
+        what = f"the history's {path.name}" if path.parent == self._folder else "the data folder"
+        if path == self._folder:
+            what = "the data folder's history"
+        raise HistoryError(
+            f"{what} is not the one that this server opened: it was moved, removed, replaced or"
+            " unmounted; put it back, or restart the server"
+        )
+
+    @property
+    def _logs(self) -> tuple[Path, ...]:
+        return tuple(self._folder / f"{DATABASE}{suffix}" for suffix in ("-wal", "-shm"))
+
+    def _hold(self) -> None:
+        self._opened = Opened()
+        for path in (self._data_dir, self._folder, self._folder / DATABASE):
+            self._opened.hold(path)
+        self._hold_log()
+
+    def _hold_log(self) -> None:
+        """Take hold of SQLite's files beside the database, which a new connection makes anew."""
+        if self._opened is not None:
+            for path in self._logs:
+                with contextlib.suppress(FileNotFoundError):
+                    self._opened.hold(path)
+
+    def _disconnect(self) -> None:
+        """Close the connection; the next use makes another, and its files beside the database."""
+        if self._opened is not None:
+            for path in self._logs:
+                self._opened.release(path)
+        with contextlib.suppress(sqlite3.Error):
+            self._cache.close()
+
+    def _keep_lock(self) -> None:
+        """Hold the lock file that other servers look at.
+
+        Raises:
+            HistoryLocked, HistoryError: another one holds it, or did.
+            OSError: it cannot be locked.
+        """
+        path = self._data_dir / LOCK_NAME
+        assert self._lock is not None
+        if leads_to(path, self._lock):
+            return
+        lock = take_lock(path)
+        kept = self._cache.get(META, retry=False)
+        if kept != self.meta:
+            os.close(lock)
+            raise HistoryError(
+                "another server wrote to the history while its lock file was gone: restart this one"
+            )
+        log.warning("%s was removed or replaced: locked again", LOCK_NAME)
+        os.close(self._lock)
+        self._lock = lock
+
+    def _keep_sentinel(self) -> None:
+        """Hold the sentinel that the next start looks at. Raises OSError."""
+        path = self._folder / SENTINEL
+        if self._sentinel is not None:
+            if leads_to(path, self._sentinel):
+                return
+            log.warning("%s was removed or replaced: written again", SENTINEL)
+            os.close(self._sentinel)
+            self._sentinel = None
+        self._begin_sentinel()
 
     def _explained(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Turn errors of disk and database into `HistoryError`, with the connection usable."""
@@ -526,25 +640,36 @@ class RecordStore:
         if time.monotonic() - self._checkpointed_at < CHECKPOINT_SECONDS:
             return
         self._checkpointed_at = time.monotonic()
-        with contextlib.suppress(sqlite3.Error):  # it is safe where it is
+        self._save_log()
+
+    def _save_log(self) -> None:
+        with contextlib.suppress(sqlite3.Error):  # it is safe where it is, if that is still there
             self._cache._sql("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def _reset(self) -> None:
-        """Leave a failed transaction: a new connection if the present one is stuck in it."""
+        """Leave a failed transaction: a new connection if the present one is stuck in it.
+
+        Not while the path leads to another database, or to none, which would be made.
+        """
         if self._cache is None:
+            return
+        try:
+            self._require_opened()
+        except HistoryError:
             return
         try:
             with self._cache.transact(retry=False):
                 pass
         except (sqlite3.Error, diskcache.Timeout):
-            with contextlib.suppress(sqlite3.Error):
-                self._cache.close()
+            self._disconnect()
 
     def _release(self) -> None:
         if self._cache is not None:
-            with contextlib.suppress(sqlite3.Error):
-                self._cache.close()
+            self._disconnect()
             self._cache = None
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
         if self._sentinel is not None:
             with contextlib.suppress(OSError):
                 os.fsync(self._sentinel)

@@ -7,7 +7,6 @@ accepted before it, and it is started only if the disk still does. Figures are b
 from __future__ import annotations
 
 import asyncio
-import errno
 from collections.abc import Iterable
 
 from mochi_app import scheduling
@@ -16,7 +15,6 @@ from mochi_app.media import MediaStore
 
 MARGIN = 256 << 20  # for the history, posters, and what else lives on that disk
 BYTES_PER_PIXEL_FRAME = 0.25  # more than any video at our quality has needed
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def video_bytes(job: Job) -> int:

@@ -19,15 +19,17 @@ from mochi_app import __version__, scheduling
 from mochi_app.engine import messages
 from mochi_app.engine.slot import JobCancelled, JobFailed, Slot, SlotDied, SlotState
 from mochi_app.errors import without_folders
+from mochi_app.filing import Filing, Unfiled
 from mochi_app.history import History, HistoryError
 from mochi_app.jobs import Job, JobStatus
 from mochi_app.live import Live, LiveJobs
-from mochi_app.media import MediaError, MediaStore
+from mochi_app.media import MediaError, MediaGone, MediaStore
 from mochi_app.metrics import Metrics
+from mochi_app.outputs import Outputs
 from mochi_app.pulse import Pulse
-from mochi_app.room import DISK_FULL
 from mochi_app.settings import ModelDefaults, Patience, Settings
 from mochi_app.shelf import Shelf
+from mochi_app.store_errors import full, reason_of
 from mochi_app.suspects import advanced, cleared
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class Runs:
         *,
         live: LiveJobs,
         shelf: Shelf,
+        outputs: Outputs,
         metrics: Metrics,
         changed: Pulse,
         stopping: Callable[[], bool],
@@ -65,6 +68,8 @@ class Runs:
         self._media = media
         self._live = live
         self._shelf = shelf
+        self._outputs = outputs
+        self._filing = Filing(history, media, outputs, make_room=self._make_room, stopping=stopping)
         self._metrics = metrics
         self._changed = changed
         self._stopping = stopping
@@ -112,6 +117,9 @@ class Runs:
         except JobFailed as error:
             if error.disk_full:
                 await self._disk_full(job, str(error))
+            elif error.unwritten:
+                self._outputs.met(str(error))
+                await self._unkept(job, "its video could not be written", str(error))
             else:
                 await self._fail(job, str(error))
             return not slot.dying
@@ -119,10 +127,15 @@ class Runs:
             live.blameless = live.blameless or slot.blameless or self._stopping()
             await self._interrupted(job, live, str(error))
             return False
+        except Unfiled as error:
+            log.warning("job %s: its finished video is left to the next start: %s", job.id, error)
+            return True
         except (OSError, MediaError) as error:
             log.exception("job %s: its video could not be kept", job.id)
-            if isinstance(error, OSError) and error.errno in DISK_FULL:
+            if full(error):
                 await self._disk_full(job, reason_of(error))
+            elif isinstance(error, MediaGone):
+                await self._unkept(job, "its finished video is gone from the disk", str(error))
             else:
                 await self._fail(job, f"the video could not be kept: {reason_of(error)}")
             return True
@@ -156,8 +169,10 @@ class Runs:
     async def _make(self, slot: Slot, job: Job, live: Live) -> tuple[messages.Done, str, str]:
         """Run the job and put its files in place: what the rank says, names of video and poster.
 
-        Whatever this raises, nothing of the run is left in the slot's scratch folder.
+        Whatever this raises, nothing of the run is left in the slot's scratch folder, but for what
+        the next start is to file.
         """
+        ended = True
         try:
             if live.cancel_requested:
                 raise JobCancelled
@@ -167,15 +182,14 @@ class Runs:
             done = await slot.run(
                 self._request(job), lambda event: self._hear(live, event), self._patience(job)
             )
-            await self._make_room(
-                await asyncio.to_thread(self._media.scratch_size, slot.index, done.video)
-            )
-            video, poster = await asyncio.to_thread(
-                self._media.finalise, job.id, slot.index, done.video, done.poster
-            )
+            video, poster = await self._filing.file(job.id, slot.index, done, live)
             return done, video, poster
+        except (Unfiled, asyncio.CancelledError):
+            ended = False
+            raise
         finally:
-            await asyncio.to_thread(self._media.tidy, slot.index, job.id)
+            if ended:
+                await asyncio.to_thread(self._media.tidy, slot.index, job.id)
 
     async def _make_room(self, size: int) -> None:
         try:
@@ -195,13 +209,19 @@ class Runs:
     async def _disk_full(self, job: Job, error: str) -> None:
         """The disk filled up under a running job: once more, when it has room."""
         if job.attempts < MAX_ATTEMPTS:
-            reason = "the disk filled up while its video was written"
-            log.error("job %s: %s; queued again: %s", job.id, reason, error)
-            await self._record(job.id, lambda job: job.moved(JobStatus.PENDING, error=reason))
+            await self._unkept(job, "the disk filled up while its video was written", error)
         else:
             await self._fail(
                 job, f"the disk was full {job.attempts} times: free it and ask again ({error})"
             )
+
+    async def _unkept(self, job: Job, reason: str, error: str) -> None:
+        """The disk did not keep the video of a running job: once more, when it can."""
+        if job.attempts < MAX_ATTEMPTS:
+            log.error("job %s: %s; queued again: %s", job.id, reason, error)
+            await self._record(job.id, lambda job: job.moved(JobStatus.PENDING, error=reason))
+        else:
+            await self._fail(job, f"{reason}, {job.attempts} times ({error})")
 
     async def _interrupted(self, job: Job, live: Live, reason: str) -> None:
         """The slot is gone: once more from the queue, unless the job is poison to slots.
@@ -293,11 +313,6 @@ class Runs:
             case messages.Latent():
                 live.image = event.image
         self._changed.beat()
-
-
-def reason_of(error: Exception) -> str:
-    """What went wrong with a file, without its path."""
-    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
 
 
 def cancelled(job: Job) -> Job:

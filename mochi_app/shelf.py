@@ -10,6 +10,7 @@ would empty the whole trash. So its hours are those in which a server ran.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import math
@@ -18,9 +19,10 @@ from dataclasses import replace
 from typing import Any
 
 from mochi_app.history import History
-from mochi_app.jobs import Conflict, Job, NotFound, parse_job_id
+from mochi_app.jobs import Conflict, Job, NotFound, RequestError, parse_job_id
 from mochi_app.media import MediaStore
 from mochi_app.pulse import Pulse
+from mochi_app.store_errors import reason_of
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +44,30 @@ class Shelf:
 
         Raises:
             Conflict: it has not ended.
+            RequestError: the disk refuses.
         """
         if not job.status.terminal:
             raise Conflict(f"job {job.id} is {job.status}: cancel it before deleting it")
         async with self._changing:
             job = await self._history.update(job.id, self._trashed)
-            await asyncio.to_thread(self._media.withhold, job.id)
+            try:
+                await asyncio.to_thread(self._media.withhold, job.id)
+            except OSError as error:
+                await self._stays(job, error)
         self._changed.beat()
         return job
+
+    async def _stays(self, job: Job, refusal: OSError) -> None:
+        """The job is not deleted, as its video cannot be withheld.
+
+        Raises:
+            RequestError: always, with the reason.
+        """
+        await self._history.update(job.id, restored)
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(self._media.unwithhold, job.id)
+        told = f"its video cannot be moved to the folder withheld ({reason_of(refusal)})"
+        raise RequestError(f"job {job.id} is not deleted: {told}") from refusal
 
     def _trashed(self, job: Job) -> Job:
         if job.deleted_at is not None:
@@ -61,6 +79,7 @@ class Shelf:
 
         Raises:
             NotFound: there is no such job (any more).
+            RequestError: the disk refuses.
         """
         async with self._changing:
             job = self._history.get(parse_job_id(job_id))
@@ -68,7 +87,12 @@ class Shelf:
                 raise NotFound(f"job_id: the trash has no such job: {job_id}")
             if job.deleted_at is None:
                 return job
-            await asyncio.to_thread(self._media.unwithhold, job.id)
+            await self._history.check()
+            try:
+                await asyncio.to_thread(self._media.unwithhold, job.id)
+            except OSError as error:
+                told = f"its video cannot be moved to the folder videos ({reason_of(error)})"
+                raise RequestError(f"job {job.id} is not restored: {told}") from error
             job = await self._history.update(job.id, restored)
         self._changed.beat()
         return job
@@ -102,6 +126,7 @@ class Shelf:
         job = self._history.get(job_id)
         if job is None or job.deleted_at is None or (job.deleted_uptime or 0.0) > limit:
             return False
+        await self._history.check()  # never a file of a folder that is another's
         try:
             await asyncio.to_thread(self._media.remove, job.id)
         except OSError as error:  # the others go all the same; this one is tried again

@@ -45,11 +45,13 @@ from mochi_app.loras import lora_names
 from mochi_app.media import MediaStore
 from mochi_app.mending import Mender
 from mochi_app.metrics import Metrics
+from mochi_app.outputs import Outputs
 from mochi_app.pulse import Pulse
 from mochi_app.room import Room, video_bytes
 from mochi_app.runs import Runs, to_be_cancelled, withdrawn
 from mochi_app.settings import ModelDefaults, Settings
 from mochi_app.shelf import Shelf
+from mochi_app.store_errors import reason_of
 from mochi_app.suspects import released
 
 log = logging.getLogger(__name__)
@@ -111,6 +113,7 @@ class Studio:
         self.shelf = Shelf(history, media, self.changed, int(settings.quota_gib * 2**30))
         self.metrics = Metrics(history, media, self.shelf, pool)
         self.room = Room(media)
+        self.outputs = Outputs(media, history, self.changed, len(pool.slots))
         self.checks: list[Callable[[], str | None]] = []  # other parts' reasons in `health`
         self._ids = JobIds(last=history.last_id)
         self._withdrawn: Counter[str] = Counter()  # by job id: cancels that are being written
@@ -119,8 +122,8 @@ class Studio:
         self._mender = Mender(history, media, self.changed, self.live.claimed)
         self._runs = Runs(
             settings, defaults, history, media,
-            live=self.live, shelf=self.shelf, metrics=self.metrics, changed=self.changed,
-            stopping=lambda: self.stopping, on_unwritten=self._housework.set,
+            live=self.live, shelf=self.shelf, outputs=self.outputs, metrics=self.metrics,
+            changed=self.changed, stopping=lambda: self.stopping, on_unwritten=self._housework.set,
         )  # fmt: skip
         self._enhancing = asyncio.Lock()
         self._accepting: list[Job] = []  # between the look at the backlog and their record
@@ -135,6 +138,7 @@ class Studio:
         self.live.waits.begin(self.history.with_status(JobStatus.PENDING), time.time())
         self._learn_speeds()
         self._janitor = asyncio.create_task(self._keep_house(), name="janitor")
+        self.outputs.start()
         self.backups.start()
         self.pool.start()
 
@@ -152,6 +156,7 @@ class Studio:
             await asyncio.gather(self._janitor, return_exceptions=True)
         await self.backups.stop()
         await self.pool.stop(self.settings.drain_seconds)
+        await self.outputs.stop()
 
     def _learn_speeds(self) -> None:
         query = JobQuery(status=frozenset({JobStatus.COMPLETED}), page_size=SPEED_SAMPLE)
@@ -167,6 +172,10 @@ class Studio:
                 await self._mender.mend()
                 await self.shelf.empty_trash(older_than_hours=self.settings.trash_hours)
                 await self.shelf.enforce_quota()
+            except (HistoryError, OSError) as error:  # told by the history, or by the outputs
+                log.warning("no housekeeping now: %s", error)
+                await asyncio.sleep(JANITOR_RETRY_SECONDS)
+                self._housework.set()
             except Exception:
                 log.exception("housekeeping failed; it is tried again")
                 await asyncio.sleep(JANITOR_RETRY_SECONDS)
@@ -283,6 +292,7 @@ class Studio:
             raise RequestError(
                 f"{waiting} jobs are waiting, the most this server takes: ask again later"
             )
+        await self.history.check()
         while (lack := await self._look(job)) is not None:
             if not await self.shelf.purge_next():
                 raise RequestError(f"{lack}: delete videos or free the disk")
@@ -303,11 +313,24 @@ class Studio:
 
     async def _look(self, job: Job) -> str | None:
         """Measure the disk; why a new job does not fit beside all that were accepted."""
-        await self.room.look()
+        try:
+            await self.room.look()
+        except OSError as error:
+            raise RequestError(f"the disk does not tell its room: {reason_of(error)}") from error
         return self.room.lack(job, (one for one in self._accepted() if one.id != job.id))
 
     def _lack(self, job: Job) -> str | None:
         """Why the disk does not let a waiting job start beside those that run."""
+        return self._unusable or self._short_for(job)
+
+    @property
+    def _unusable(self) -> str | None:
+        """Why no video could be kept, whatever room there is."""
+        problem = self.history.problem or self.outputs.problem
+        return problem and without_folders(problem)
+
+    def _short_for(self, job: Job) -> str | None:
+        """Why the disk has no room for a waiting job beside those that run."""
         return self.room.lack(job, self._running)
 
     def find(self, job_id: Any) -> Job:
@@ -567,14 +590,18 @@ class Studio:
         return self.room.lack_for(usual)
 
     async def _next_pair(self) -> tuple[SupervisedSlot, Job] | None:
-        if self.pool.ready_slot() is None or not self.waiting:
+        if self.pool.ready_slot() is None or not self.waiting or self._unusable:
             return None
         before = self.waits_for_room
         while True:
-            await self.room.look()
+            try:
+                await self.room.look()
+            except OSError as error:
+                self.outputs.met(reason_of(error))
+                return None
             pair = self._claim()
             short = None if pair else self.waits_for_room
-            if not short or not await self.shelf.purge_next():
+            if not short or self._unusable or not await self.shelf.purge_next():
                 break
         if short and not before:
             log.error("no job is started: %s", short)
@@ -638,13 +665,15 @@ class Studio:
             reasons.append("the server is stopping")
         if not self.pool.ready_or_busy:
             reasons.append("no slot is ready")
-        if self.history.problem is not None:
-            reasons.append(without_folders(self.history.problem))
+        problems = (self.history.problem, self.outputs.problem)
+        reasons += [without_folders(problem) for problem in problems if problem is not None]
         warnings = [self.backups.problem] if self.backups.problem is not None else []
+        warnings += self.outputs.warnings
         if not self.shelf.can_make_room(0):
             reasons.append("the quota is full of starred videos")
         reasons += filter(None, [self._short_of_room, *(check() for check in self.checks)])
         slots = [slot.describe() for slot in self.pool.slots]
+        reasons = list(dict.fromkeys(reasons))
         return {"ok": not reasons, "reasons": reasons, "warnings": warnings, "slots": slots}
 
 

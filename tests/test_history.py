@@ -903,3 +903,21 @@ class TestProcesses:
         finally:
             child.kill()
             child.wait()
+
+
+async def test_two_who_look_at_once_and_a_disk_that_hangs(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = await opened()
+    for _ in range(20):
+        await asyncio.gather(*(history.check() for _ in range(5)))
+    assert history.problem is None
+    monkeypatch.setattr(history_module, "ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr(history_module, "HEAL_SECONDS", 0.05)
+    hanging = threading.Event()
+    history._thread.submit(hanging.wait)
+    with pytest.raises(HistoryError, match=r"has not answered for 0\.05 seconds"):
+        await history.check()
+    assert history.problem is not None
+    hanging.set()
+    await eventually(lambda: history.problem is None)

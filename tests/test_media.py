@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -341,3 +342,52 @@ def test_checkpoints_that_cannot_be_had_are_none(store: MediaStore) -> None:
     job_id = IDS.draw()
     assert store.checkpoint_time(job_id) == 0
     store.remove_checkpoint(job_id)
+
+
+def test_filing_goes_on_where_it_stopped(store: MediaStore) -> None:
+    job_id = IDS.draw()
+    names = produce(store, job_id)
+    store.videos.rmdir()
+    with pytest.raises(FileNotFoundError):
+        store.finalise(job_id, 0, *names)
+    store.videos.mkdir()
+    assert store.finalise(job_id, 0, *names) == names
+    assert store.poster_path(job_id) is not None
+    assert store.size(job_id) == 1000
+
+
+def test_a_file_moves_to_another_disk_whole_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "videos" / "target"
+    target.parent.mkdir()
+    source.write_bytes(b"video")
+    replace = os.replace
+
+    def across(one: Path, other: Path) -> None:
+        if Path(one).parent != Path(other).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(one, other)
+
+    monkeypatch.setattr(os, "replace", across)
+    monkeypatch.setattr(media, "fsync", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "")))
+    with pytest.raises(OSError, match=f"Errno {errno.EIO}"):
+        media.move(source, target)
+    assert (source.exists(), list(target.parent.iterdir())) == (True, [])
+    monkeypatch.setattr(media, "fsync", lambda path: None)
+    media.move(source, target)
+    assert (source.exists(), target.read_bytes()) == (False, b"video")
+
+
+def test_a_sweep_files_what_was_finished_for_jobs_that_have_no_record_of_it(
+    store: MediaStore,
+) -> None:
+    folder = store.scratch(0)
+    jobs = [IDS.draw() for _ in range(3)]
+    for job_id in jobs:
+        encode.save(FRAMES, folder, job_id, fps=12, prompt="p", metadata={"job_id": job_id})
+    os.truncate(folder / f"{jobs[1]}.mp4", 500)
+    assert store.sweep(jobs[:2]).filed == 1
+    assert store.job_ids() == [jobs[0]]
+    assert store.poster_path(jobs[0]) is not None
+    assert not folder.exists()

@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from mochi_app.files import fsync
+
 Frames = npt.NDArray[np.uint8]
 
 CRF = 18
@@ -97,6 +99,8 @@ def save(
     video, poster = folder / f"tmp-{output.video}", folder / f"tmp-{output.poster}"
     write_video(frames, video, fps=fps, prompt=prompt, metadata=metadata)
     write_poster(frames[len(frames) // 2], poster)
+    for path in (video, poster):  # whole under its final name, even after a power cut
+        fsync(path)
     poster.replace(folder / output.poster)
     video.replace(folder / output.video)
     return output

@@ -189,10 +189,11 @@ class Followed(JobEvent):
 class Failed(JobEvent):
     """The job failed. With `poisoned` the process cannot be trusted and will be replaced; with
     `settled` all ranks failed together, and none waits for another; with `disk_full` the video is
-    what could not be written."""
+    what could not be written, and so it is with `unwritten`, as its folder cannot be used."""
 
     error: str
     disk_full: bool = False
+    unwritten: bool = False
     poisoned: bool = False
     settled: bool = False
 

@@ -34,7 +34,7 @@ from PIL import Image
 from mochi_app.engine import checkpoint, speed
 from mochi_app.engine.checkpoint import Trail
 from mochi_app.engine.decode import decode
-from mochi_app.engine.encode import Frames, save
+from mochi_app.engine.encode import EncodeError, Frames, save
 from mochi_app.engine.group import Ranks
 from mochi_app.engine.loading import (
     LoadError,
@@ -61,7 +61,9 @@ from mochi_app.engine.messages import (
 )
 from mochi_app.engine.parallel import ParallelHandle, parallelize
 from mochi_app.engine.schedule import SCHEDULES, MochiScheduler
+from mochi_app.engine.scratch import refused
 from mochi_app.engine.speed import SpeedOptions
+from mochi_app.errors import one_line
 from mochi_app.loras import LoraError
 
 logger = logging.getLogger(__name__)
@@ -166,11 +168,25 @@ def load(config: Configure, emit: Emit) -> Engine:
     emit(Loading(what="warming up"))
     frames = engine.warm_up()
     if frames is not None:
-        folder = Path(config.scratch)
+        try_encoder(frames, Path(config.scratch))
+    return engine
+
+
+def try_encoder(frames: Frames, folder: Path) -> None:
+    """Encode a video into the folder and remove it. A folder that cannot be used now is no fault of
+    this rank.
+
+    Raises:
+        EncodeError, OSError: it cannot be encoded or written.
+    """
+    try:
         output = save(frames, folder, "warm-up", fps=1, prompt="warm-up", metadata={})
         (folder / output.video).unlink()
         (folder / output.poster).unlink()
-    return engine
+    except (EncodeError, OSError) as error:
+        if not refused(error, folder):
+            raise
+        logger.warning("the encoder could not be tried: %s", one_line(error))
 
 
 class Engine:

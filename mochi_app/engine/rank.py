@@ -13,8 +13,8 @@ heartbeats. A test program gives `main` a loader of its own and fakes the model,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
-import errno
 import logging
 import os
 import re
@@ -49,7 +49,9 @@ from mochi_app.engine.messages import (
     decode,
     encode,
 )
+from mochi_app.engine.scratch import Scratch, refused
 from mochi_app.errors import one_line
+from mochi_app.store_errors import DISK_FULL, said
 
 if TYPE_CHECKING:
     from mochi_app.engine.encode import Frames
@@ -214,9 +216,12 @@ def main(argv: Sequence[str] | None = None, loader: Loader = load_mochi) -> int:
     for name, target in (("heartbeat", beat), ("reader", read)):
         arguments = (channel,) if target is beat else (channel, inbox)
         threading.Thread(target=target, args=arguments, name=name, daemon=True).start()
+    scratch = Scratch(config.scratch)
+    with contextlib.suppress(OSError):  # else each video says so
+        scratch.folder()
     engine = load(config, channel, loader)
     while (request := inbox.take()) is not None:
-        outcome = attempt(engine, config, request, channel.send, inbox.cancelled)
+        outcome = attempt(engine, scratch, request, channel.send, inbox.cancelled)
         inbox.finish()
         if isinstance(outcome, Failed):
             engine.free()
@@ -300,18 +305,18 @@ def load(config: Configure, channel: Channel, loader: Loader) -> Engine:
 
 
 def attempt(
-    engine: Engine, config: Configure, request: Run, emit: Emit, cancelled: Callable[[], bool]
+    engine: Engine, scratch: Scratch, request: Run, emit: Emit, cancelled: Callable[[], bool]
 ) -> JobEvent:
     """Run one job and return how it ended; an ordinary exception is an outcome, not a crash."""
     try:
-        return make_video(engine, config, request, emit, cancelled)
+        return make_video(engine, scratch, request, emit, cancelled)
     except Exception as error:
         logger.exception("job %s failed", request.job_id)
         return failure(request, error)
 
 
 def make_video(
-    engine: Engine, config: Configure, request: Run, emit: Emit, cancelled: Callable[[], bool]
+    engine: Engine, scratch: Scratch, request: Run, emit: Emit, cancelled: Callable[[], bool]
 ) -> JobEvent:
     """Run the model, then write video and poster into the scratch folder."""
     from mochi_app.engine import encode as media
@@ -327,14 +332,22 @@ def make_video(
         return Followed(job_id=request.job_id)
     emit(Stage(job_id=request.job_id, stage="encode"))
     started = time.perf_counter()
-    output = media.save(
-        result.frames,
-        Path(config.scratch),
-        request.job_id,
-        fps=request.fps,
-        prompt=request.prompt,
-        metadata=request.metadata,
-    )
+    folder = Path(scratch.path)
+    try:
+        folder = scratch.folder()
+        output = media.save(
+            result.frames,
+            folder,
+            request.job_id,
+            fps=request.fps,
+            prompt=request.prompt,
+            metadata=request.metadata,
+        )
+    except (media.EncodeError, OSError) as error:
+        if not refused(error, folder):
+            raise
+        logger.exception("job %s: its video could not be written", request.job_id)
+        return replace(failure(request, error), unwritten=True)
     return Done(
         job_id=request.job_id,
         video=output.video,
@@ -376,10 +389,9 @@ def failure(request: Run, error: Exception) -> Failed:
 
 def disk_full(error: Exception) -> bool:
     """Whether the system, or ffmpeg in the system's words, said that the disk is full."""
-    numbers = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError):
-        return error.errno in numbers
-    return any(os.strerror(number) in str(error) for number in numbers)
+        return error.errno in DISK_FULL
+    return said(str(error), DISK_FULL)
 
 
 if __name__ == "__main__":

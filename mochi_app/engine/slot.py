@@ -15,6 +15,7 @@ What is watched, and what each catches:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 import time
@@ -53,9 +54,10 @@ class SlotDied(RuntimeError):
 class JobFailed(RuntimeError):
     """The engine reports that the job failed; the slot may well be healthy."""
 
-    def __init__(self, error: str, *, disk_full: bool = False) -> None:
+    def __init__(self, error: str, *, disk_full: bool = False, unwritten: bool = False) -> None:
         super().__init__(error)
         self.disk_full = disk_full
+        self.unwritten = unwritten
 
 
 class JobCancelled(Exception):
@@ -161,7 +163,7 @@ class Slot:
         loop = asyncio.get_running_loop()
         self.epoch += 1
         self.blameless = self._losing = False
-        self._rendezvous.unlink(missing_ok=True)
+        self._forget_rendezvous()
         self._all_ready, self._death = loop.create_future(), loop.create_future()
         self._ranks = [RankProcess(i, device) for i, device in enumerate(self.spec.devices)]
         many = "processes" if self.spec.world_size > 1 else "process"
@@ -216,6 +218,10 @@ class Slot:
         """Where the ranks of this start meet; killed ranks leave the file behind."""
         return self.scratch / f"rendezvous-{self.epoch}"
 
+    def _forget_rendezvous(self) -> None:
+        with contextlib.suppress(OSError):  # a folder that cannot be used is told by the ranks
+            self._rendezvous.unlink(missing_ok=True)
+
     async def died(self) -> str:
         """Wait until the processes are gone, and say why. For a slot that has started."""
         assert self._death is not None, f"slot {self.index} was never started"
@@ -262,7 +268,7 @@ class Slot:
             rank.kill()
             await rank.close()
         self._deadlines.clear()
-        self._rendezvous.unlink(missing_ok=True)
+        self._forget_rendezvous()
         if self.state is not SlotState.DOWN:
             reason = self._death.result() if self._death and self._death.done() else ""
             self._set(SlotState.DOWN, reason)
@@ -423,7 +429,9 @@ class Slot:
                 self._die(f"the process cannot be used any more: {outcome.error}")
             case messages.Failed():
                 if outcome.settled or await self._all_live():
-                    raise JobFailed(outcome.error, disk_full=outcome.disk_full)
+                    raise JobFailed(
+                        outcome.error, disk_full=outcome.disk_full, unwritten=outcome.unwritten
+                    )
         if self._cancelling:
             raise JobCancelled
         await first_of(self._death)

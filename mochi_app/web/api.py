@@ -16,6 +16,7 @@ from gradio import FileData
 
 from mochi_app.history import HistoryError
 from mochi_app.jobs import JobStatus, RequestError
+from mochi_app.store_errors import reason_of
 from mochi_app.studio import Studio
 from mochi_app.tickets import ENDPOINT, SECRET_HEADER
 from mochi_app.web.doors import caller_of
@@ -301,7 +302,12 @@ class Api:
         """The MP4 as Gradio's clients expect a file. Raises RequestError when there is none."""
         if view["status"] != JobStatus.COMPLETED:
             raise RequestError(f"job_id: job {view['id']} is {view['status']}: it has no video")
-        path = self._studio.media.video_path(view["id"])
+        try:
+            path = self._studio.media.video_path(view["id"])
+        except OSError as error:
+            raise RequestError(
+                f"job_id: the video of job {view['id']} cannot be read now: {reason_of(error)}"
+            ) from error
         if path is None:
             why = "was evicted by the quota" if view["evicted_at"] else "is gone from the disk"
             raise RequestError(f"job_id: the video of job {view['id']} {why}")

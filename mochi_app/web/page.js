@@ -573,9 +573,10 @@
     }
 
     stageText(job) {
+      if (job.waits_for?.startsWith("the disk has ")) return `Waiting for room: ${job.waits_for}`;
+      if (job.waits_for) return `Waiting: ${job.waits_for}`;
       if (job.status !== "PROCESSING") {
         if (job.held) return "";
-        if (job.waits_for) return `Waiting for room: ${job.waits_for}`;
         return job.position ? `Place ${job.position} in the queue` : "Waiting for a slot";
       }
       if (job.cancel_requested) return "Stopping after this step";

@@ -6,7 +6,9 @@ A file is found by its job's id alone; no path ever comes from a caller.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, HTTPException, Query, Request
@@ -17,9 +19,10 @@ from starlette.responses import Response
 from starlette.routing import Mount
 
 from mochi_app.jobs import JOB_ID, JobStatus, NotFound, RequestError
+from mochi_app.store_errors import reason_of
 from mochi_app.studio import Studio
 from mochi_app.web.doors import address_of, is_stranger
-from mochi_app.web.events import STREAM_HEADERS, EventFeed, Listening, Wanted
+from mochi_app.web.events import RETRY_SECONDS, STREAM_HEADERS, EventFeed, Listening, Wanted
 from mochi_app.web.hosts import UNSERVED
 
 log = logging.getLogger(__name__)
@@ -78,7 +81,8 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
     async def video(job_id: str, download: bool = False) -> FileResponse:
         """The job's MP4; answers Range."""
         view = found(studio, job_id)
-        path = studio.media.video_path(job_id)
+        with disk_errors():
+            path = studio.media.video_path(job_id)
         if path is None and view["evicted_at"] is None:
             log.error("job %s: its video is gone from the disk", job_id)
             studio.changed.beat()  # its view says so from now on
@@ -87,7 +91,9 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
     @router.api_route("/files/{job_id}/poster", methods=READS)
     async def poster(job_id: str) -> FileResponse:
         """The job's poster."""
-        path = studio.media.poster_path(found(studio, job_id)["id"])
+        job_id = found(studio, job_id)["id"]
+        with disk_errors():
+            path = studio.media.poster_path(job_id)
         return file_response(path, "image/webp", False)
 
     @router.api_route("/gradio_api/file={path:path}", methods=READS)
@@ -139,6 +145,16 @@ def found(studio: Studio, job_id: str) -> dict[str, Any]:
     if view["status"] != JobStatus.COMPLETED:
         raise HTTPException(404, f"job {job_id} is {view['status']}: it has no files")
     return view
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Answer an error of the disk with HTTP 503 and its reason."""
+    try:
+        yield
+    except OSError as error:
+        told = f"the file cannot be read now: {reason_of(error)}"
+        raise HTTPException(503, told, {"retry-after": str(RETRY_SECONDS)}) from error
 
 
 def file_response(path: Any, media_type: str, download: bool) -> FileResponse:

@@ -5,10 +5,13 @@ the queue's loop whenever it takes an event, "drop" loses one ticket, and the fi
 FAULTS_VIDEO names a file that, while it is there, ends the server (SIGKILL) when a video is in
 place and its record does not say so yet.
 FAULTS_CLOCK names a file with the seconds by which the server's clock is wrong, if it is there.
+FAULTS_FILING names a file that, while it is there, says with which error (EROFS) no finished video
+is taken.
 FAULTS_FILES is how many files the server may have open, a quarter of it at first, and
 FAULTS_PATIENCE how many seconds it waits for a request.
 """
 
+import errno
 import os
 import resource
 import signal
@@ -65,9 +68,24 @@ def harm_clock(step: Path) -> None:
     time.time = harmed
 
 
+def harm_filing(flag: Path) -> None:
+    """Refuse every finished video with the error that `flag` names."""
+    finalise = MediaStore.finalise
+
+    def harmed(self: MediaStore, *arguments: Any) -> tuple[str, str]:
+        if flag.exists():
+            number = getattr(errno, flag.read_text())
+            raise OSError(number, os.strerror(number))
+        return finalise(self, *arguments)
+
+    MediaStore.finalise = harmed  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     if path := os.environ.get("FAULTS_CLOCK"):
         harm_clock(Path(path))
+    if path := os.environ.get("FAULTS_FILING"):
+        harm_filing(Path(path))
     if path := os.environ.get("FAULTS_VIDEO"):
         harm_videos(Path(path))
     if path := os.environ.get("FAULTS_QUEUE"):
