@@ -16,8 +16,8 @@ from mochi_app import accounts
 from mochi_app.settings import PROJECT_DIR
 from tests import proxies
 from tests.proxies import CADDY, NGINX, PREFIX, needs
-from tests.serving import Served, free_port
-from tests.test_browser import CHROMIUM, CHROMIUM_ARGS, PATIENCE, PROMPT, generate, playing
+from tests.serving import DEADLINE, Served, free_port
+from tests.test_browser import CHROMIUM, CHROMIUM_ARGS, PROMPT, generate, playing
 
 pytestmark = [pytest.mark.browser, needs(CHROMIUM)]
 
@@ -61,7 +61,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
 
 @pytest.fixture(autouse=True)
 def patience() -> None:
-    expect.set_options(timeout=PATIENCE * 1000)
+    expect.set_options(timeout=DEADLINE * 1000)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def makes_a_video(browser: Browser, url: str) -> None:
     """The page at this address loads, takes a prompt and plays the video; all it asks for is there,
     and nothing of it anywhere else."""
     context = browser.new_context(ignore_https_errors=True)
-    context.set_default_timeout(PATIENCE * 1000)
+    context.set_default_timeout(DEADLINE * 1000)
     elsewhere: list[str] = []
     refused: list[str] = []
 
@@ -198,6 +198,7 @@ def test_one_logs_in_through_nginx_as_gradios_guide_has_it(
     server = proxies.GRADIOS_GUIDE.format(port=port, prefix=PREFIX, app_port=served.start().port)
     ending.callback(proxies.nginx(tmp_path / "nginx", server, port).end)
     context = browser.new_context()
+    context.set_default_timeout(DEADLINE * 1000)
     ending.callback(context.close)
     page = context.new_page()
     page.goto(f"http://gpubox:{port}{PREFIX}/")
