@@ -5,10 +5,10 @@
                                       [--output benchmark-results/events.json]
 
 One job runs and so many wait. A *visible* page names what `page.js` does: the newest 24 jobs, and
-the running one in its panel, with its picture. A *hidden* one looks at its job when the server told
-it to, a *script* names nothing. Each is measured from its opening on, which sends the views of all
-jobs that are named; what that took is told apart, too. Then many visible pages listen at a time:
-the CPU of the server.
+in its panel the one that runs, with its picture, beside the next one. A *hidden* one looks at its
+job when the server told it to, a *script* names nothing. Each is measured from its opening on,
+which sends the views of all jobs that are named; what that took is told apart, too. Then many
+visible pages listen at a time: the CPU of the server.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def started(folder: Path, engine: str, jobs: int) -> tuple[Served, list[str]]:
     return served, ids
 
 
-def visible(ids: list[str], running: str) -> str:
-    """What a page asks for that shows the newest jobs, and the one that runs."""
-    named = list(dict.fromkeys([running, *ids[-SHOWN:]]))
+def visible(ids: list[str]) -> str:
+    """What a page asks for that shows the newest jobs, the one that runs and the one after it."""
+    named = list(dict.fromkeys([*ids[:2], *ids[-SHOWN:]]))
     return address(named, pictures=named)
 
 
@@ -55,7 +55,7 @@ async def measure(served: Served, ids: list[str], pages: int, seconds: float) ->
     """Bytes a second of each kind of page, side by side; then the CPU while many listen."""
     first = ids[0]
     paths = {
-        "visible": visible(ids, first),
+        "visible": visible(ids),
         "hidden": address([first], hidden="true"),
         "script": address(),
     }
@@ -73,9 +73,7 @@ async def measure(served: Served, ids: list[str], pages: int, seconds: float) ->
             result[kind] |= {"events": one.events, "steps": one.steps.get(first, 0)}
     state = await asyncio.to_thread(served.job, first)
     assert state["status"] == "PROCESSING", "it has to run all the while: fewer --seconds"
-    found = await asyncio.to_thread(served.call, "list_jobs", status="PROCESSING")
-    running = [job["id"] for job in found["jobs"]] or [first]
-    result["crowd"] = await cores(served, visible(ids, running[0]), pages, seconds)
+    result["crowd"] = await cores(served, visible(ids), pages, seconds)
     return result
 
 

@@ -8,7 +8,7 @@ The behaviour says how it loads; the prompt says how a job goes:
     "fell F"       SIGKILL to the server at step 2, as soon as the file F exists
     "kill at N"    SIGKILL to itself in step N, 0.01 s a step
     "kill on N"    SIGKILL to itself in the N-th step that it does, if there are as many; likewise
-    "slowest"      1 s a step, cancellable
+    "slowest"      1 s a step, cancellable         "… pictured"  sends a picture now and then
     "no frames"    what cannot be encoded
     "… black"      nothing but black, where others are noise and large files
     "refuse"       raises on all ranks alike       "memory"  raises what torch does
