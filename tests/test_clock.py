@@ -13,7 +13,6 @@ import pytest
 from mochi_app.backups import Backups, list_backups
 from mochi_app.jobs import Job, JobIds, JobStatus
 from mochi_app.studio import Studio
-from mochi_app.web.doors import serializer, signed
 from tests.conftest import close_studio, eventually
 from tests.test_metrics import samples
 
@@ -178,18 +177,6 @@ async def test_backups_are_as_many_as_the_hours(make_studio: MakeStudio, clock: 
     assert await look(-DAY, later=DAY) == 2  # just made
     backups = Backups(data_dir, hours=24, kept=7, clock=clock.steady)
     assert [await look(-9 * DAY, later=DAY) for _ in range(3)] == [3] * 3  # when, nobody knows
-
-
-def test_a_cookie_of_the_hours_that_were_not_is_good(clock: Clock) -> None:
-    signer = serializer(b"key", "login")
-    clock.ahead = DAY
-    cookie = signer.dumps("ann")
-    clock.ahead = 0
-    assert signed(signer, cookie, 3600 * 24 * 30) == "ann"
-    assert signed(signer, cookie, 3600) is None
-    clock.ahead = DAY + 7200
-    assert signed(signer, cookie, 3600) is None
-    assert signed(signer, cookie, 7300) == "ann"
 
 
 def test_ids_grow_while_the_clock_goes_forward_and_back(clock: Clock) -> None:
