@@ -69,7 +69,7 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
     queue = use_studio_queue(
         demo, max_threads=MAX_THREADS, update_seconds=STATUS_UPDATE_SECONDS, api_open=False
     )
-    studio.checks.append(lambda: queue.problem)
+    studio.checks += [lambda: queue.problem, lambda: doors.problem]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

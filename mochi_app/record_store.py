@@ -26,7 +26,7 @@ from typing import Any
 import diskcache
 import orjson
 
-from mochi_app.files import fsync
+from mochi_app.files import fsync, sync
 from mochi_app.job_index import JobIndex, RequestKey
 from mochi_app.jobs import Job, shown
 
@@ -182,7 +182,7 @@ def replace_file(path: Path, content: bytes) -> None:
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
     temporary.replace(path)
     fsync(path.parent)
 
@@ -507,7 +507,7 @@ class RecordStore:
             self._cache = None
         if self._sentinel is not None:
             with contextlib.suppress(OSError):
-                os.fsync(self._sentinel)
+                sync(self._sentinel)
             os.close(self._sentinel)
             self._sentinel = None
         if self._lock is not None:
