@@ -11,13 +11,17 @@ import contextlib
 import logging
 import os
 import secrets
-import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from types import FrameType
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000")
+
+from mochi_app.startup import require_temporary_folder
+
+if __name__ == "__main__":
+    require_temporary_folder()
 
 import gradio as gr
 import uvicorn
@@ -30,6 +34,7 @@ from mochi_app.engine.slot import ENGINE_COMMAND
 from mochi_app.history import History, HistoryError
 from mochi_app.logs import log_stderr, start_logging
 from mochi_app.media import MediaStore
+from mochi_app.platforms import signal_name
 from mochi_app.settings import Settings, SettingsError, load_model_defaults, load_settings
 from mochi_app.studio import Studio
 from mochi_app.tickets import Tickets
@@ -148,7 +153,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On SIGTERM or SIGINT: no new jobs, streams end, then uvicorn shuts down."""
-        log.info("%s: stopping", signal.Signals(sig).name)
+        log.info("%s: stopping", signal_name(sig))
         self._studio.begin_stop()
         super().handle_exit(sig, frame)
 

@@ -412,6 +412,8 @@ class RecordStore:
                     tag_index=0,
                     disk_min_file_size=NO_LIMIT,
                     sqlite_synchronous=2,  # FULL: a commit is on the disk, power loss or not
+                    sqlite_fullfsync=1,  # on macOS, too
+                    sqlite_checkpoint_fullfsync=1,
                     sqlite_mmap_size=0,  # an unreadable page is an error, not a SIGBUS
                 )
                 self._jobs = len(index)

@@ -118,7 +118,7 @@ def write_video(
             f"frames of shape {frames.shape}, {frames.dtype}: expected (F, H, W, 3), uint8"
         )
     command = _command(frames.shape[1:3], path, fps, title(prompt), comment(metadata))
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile(dir=path.parent) as log:
         try:
             subprocess.run(
                 command,

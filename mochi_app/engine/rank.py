@@ -13,7 +13,6 @@ heartbeats. A test program gives `main` a loader of its own and fakes the model,
 from __future__ import annotations
 
 import argparse
-import ctypes
 import errno
 import logging
 import os
@@ -27,8 +26,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from mochi_app.engine.lifeline import die_with_parent, leave
 from mochi_app.engine.messages import (
     MAX_LINE_BYTES,
     Cancel,
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
-PR_SET_PDEATHSIG = 1
 EXIT_PROTOCOL = 3
 
 Emit = Callable[[Message], None]
@@ -222,22 +221,6 @@ def main(argv: Sequence[str] | None = None, loader: Loader = load_mochi) -> int:
             engine.free()
         channel.send(outcome)
     return 0
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies; leave if it just did."""
-    parent = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        leave(0)
-
-
-def leave(status: int) -> NoReturn:
-    """End the process at once, from any thread."""
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def configure(channel: Channel) -> Configure:

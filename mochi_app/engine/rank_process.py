@@ -19,6 +19,7 @@ from typing import Any
 
 from mochi_app.engine import messages
 from mochi_app.engine.messages import Message
+from mochi_app.platforms import signal_name
 from mochi_app.settings import PROJECT_DIR
 
 log = logging.getLogger(__name__)
@@ -180,6 +181,6 @@ class RankProcess:
         if code is None:
             return f"{who} closed its channel"
         if code < 0:
-            return f"{who} was killed by {signal.Signals(-code).name}"
+            return f"{who} was killed by {signal_name(-code)}"
         words = f": {self.tail[-1]}" if self.tail and code else ""
         return f"{who} exited with code {code}{words}"
