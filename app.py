@@ -202,7 +202,7 @@ def main(engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
     allow_files()
     try:
         settings = load_settings()
-        start_logging(settings.log_format)
+        start_logging(settings.log_format, settings.log_level)
         log_stderr()
         asyncio.run(serve(settings, engine_command))
     except (SettingsError, HistoryError, OSError) as error:

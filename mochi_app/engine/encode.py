@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,22 +117,21 @@ def write_video(
             f"frames of shape {frames.shape}, {frames.dtype}: expected (F, H, W, 3), uint8"
         )
     command = _command(frames.shape[1:3], path, fps, title(prompt), comment(metadata))
-    with tempfile.TemporaryFile(dir=path.parent) as log:
-        try:
-            subprocess.run(
-                command,
-                input=np.ascontiguousarray(frames).data.cast("B"),
-                stdout=log,
-                stderr=log,
-                timeout=TIMEOUT_SECONDS,
-                check=True,
-            )
-        except subprocess.CalledProcessError as error:
-            raise EncodeError(
-                f"ffmpeg ended with status {error.returncode}: {_tail(log)}"
-            ) from None
-        except subprocess.TimeoutExpired:
-            raise EncodeError(f"ffmpeg did not end within {TIMEOUT_SECONDS} s") from None
+    try:
+        subprocess.run(
+            command,
+            input=np.ascontiguousarray(frames).data.cast("B"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT_SECONDS,
+            check=True,
+        )
+    except subprocess.CalledProcessError as error:
+        raise EncodeError(
+            f"ffmpeg ended with status {error.returncode}: {_tail(error.stdout)}"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise EncodeError(f"ffmpeg did not end within {TIMEOUT_SECONDS} s") from None
 
 
 def write_poster(frame: Frames, path: Path) -> None:
@@ -162,7 +160,6 @@ def _command(size: tuple[int, int], path: Path, fps: int, title: str, comment: s
     ]  # fmt: skip
 
 
-def _tail(log: Any, limit: int = 400) -> str:
+def _tail(said: bytes, limit: int = 400) -> str:
     """The end of what ffmpeg said, on one line."""
-    log.seek(0)
-    return " ".join(log.read().decode("utf-8", "replace").split())[-limit:]
+    return " ".join(said.decode("utf-8", "replace").split())[-limit:]

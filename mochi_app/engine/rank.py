@@ -28,6 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from mochi_app import logs
 from mochi_app.engine.lifeline import die_with_parent, leave
 from mochi_app.engine.messages import (
     MAX_LINE_BYTES,
@@ -205,10 +206,9 @@ def main(argv: Sequence[str] | None = None, loader: Loader = load_mochi) -> int:
     parser.add_argument("--channel", type=int, required=True, help="descriptor of the socket")
     channel = Channel(parser.parse_args(argv).channel)
     os.dup2(2, 1)  # whatever a library prints belongs to the log
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=logs.FORMAT)
     config = configure(channel)
+    logs.attend(config.log_level, libraries_of(config))
     inbox = Inbox()
     for name, target in (("heartbeat", beat), ("reader", read)):
         arguments = (channel,) if target is beat else (channel, inbox)
@@ -232,6 +232,17 @@ def configure(channel: Channel) -> Configure:
         raise SystemExit(f"expected Configure as the first message, got {type(command).__name__}")
     channel.epoch = command.epoch
     return command
+
+
+def libraries_of(config: Configure) -> set[str]:
+    """The packages that this configuration needs beside those of every other: what they complain of
+    concerns whoever asked for them."""
+    words = {"torchao"} if config.quantization == "int8" else set()
+    if config.compile:
+        words |= {"torch._dynamo", "torch._inductor", "triton"}
+    if config.attention != "native":
+        words |= {"attention", "flash_attn", "xformers"}
+    return words
 
 
 def beat(channel: Channel) -> None:

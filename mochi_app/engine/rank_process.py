@@ -19,6 +19,7 @@ from typing import Any
 
 from mochi_app.engine import messages
 from mochi_app.engine.messages import Message
+from mochi_app.logs import level_of
 from mochi_app.platforms import signal_name
 from mochi_app.settings import PROJECT_DIR
 
@@ -111,8 +112,10 @@ class RankProcess:
 
     def _keep_line(self, name: str, line: str) -> None:
         if line.strip():
-            self.tail.append(line.rstrip())
-            log.info("%s: %s", name, line.rstrip())
+            level = level_of(line)
+            if level > logging.DEBUG:
+                self.tail.append(line.rstrip())
+            log.log(level, "%s: %s", name, line.rstrip())
 
     async def receive(self) -> Message | None:
         """The next message, None at the end of the channel.

@@ -36,6 +36,7 @@ from mochi_app.engine.weight_events import (
     emit_line,
 )
 from mochi_app.engine.weight_files import DTYPES, PartTypes
+from mochi_app.logs import level_of
 from mochi_app.platforms import signal_name
 
 log = logging.getLogger(__name__)
@@ -189,7 +190,7 @@ async def _keep_stderr(stream: asyncio.StreamReader, tail: deque[str]) -> None:
         for line in chunk.decode("utf-8", "backslashreplace").splitlines():
             if text := line.strip():
                 tail.append(text)
-                log.info("weights: %s", text)
+                log.log(level_of(text), "weights: %s", text)
 
 
 def _ending(process: asyncio.subprocess.Process, tail: Sequence[str]) -> str:
