@@ -1,4 +1,4 @@
-"""Frames to an H.264 MP4 and a WebP poster, with the request inside the MP4.
+"""Frames to an H.264 MP4 and a WebP poster, with the request inside both.
 
 Owns the encoder's options and how metadata is put into the file. It does not own where files end
 up: `mochi_app.media` puts them in place and reads the metadata back. numpy in, files out; no torch.
@@ -16,7 +16,9 @@ from typing import Any
 import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import ExifTags, Image
+
+from mochi_app import xmp
 
 Frames = npt.NDArray[np.uint8]
 
@@ -84,7 +86,7 @@ def save(
         frames: RGB, shape (F, H, W, 3); H and W even.
         folder: created if need be.
         fps: frames a second.
-        metadata: JSON-ready; lands in the file's comment.
+        metadata: JSON-ready; lands in the video's comment and XMP, and in the poster's EXIF.
 
     Raises:
         EncodeError: metadata that does not fit, or a failure of the encoder.
@@ -95,7 +97,7 @@ def save(
     # The suffixes stay what they are: ffmpeg and Pillow go by them.
     video, poster = folder / f"tmp-{output.video}", folder / f"tmp-{output.poster}"
     write_video(frames, video, fps=fps, prompt=prompt, metadata=metadata)
-    write_poster(frames[len(frames) // 2], poster)
+    write_poster(frames[len(frames) // 2], poster, prompt=prompt, metadata=metadata)
     poster.replace(folder / output.poster)
     video.replace(folder / output.video)
     return output
@@ -111,6 +113,7 @@ def write_video(
 
     Raises:
         EncodeError: with the last words of ffmpeg.
+        OSError: the disk takes no more when the video is encoded.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
         raise EncodeError(
@@ -132,11 +135,23 @@ def write_video(
         ) from None
     except subprocess.TimeoutExpired:
         raise EncodeError(f"ffmpeg did not end within {TIMEOUT_SECONDS} s") from None
+    with path.open("ab") as file:  # after all else, so that what plays stays where it is
+        file.write(xmp.box(prompt, comment(metadata)))
 
 
-def write_poster(frame: Frames, path: Path) -> None:
-    """Write one RGB frame, shape (H, W, 3), as a WebP at its own size."""
-    Image.fromarray(frame).save(path, format="WEBP", quality=POSTER_QUALITY, method=4)
+def write_poster(
+    frame: Frames, path: Path, *, prompt: str = "", metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write one RGB frame, shape (H, W, 3), as a WebP at its own size. The request is in its EXIF:
+    a title as its description, `comment(metadata)` as its user comment."""
+    exif = Image.Exif()
+    if metadata is not None:
+        exif[ExifTags.Base.ImageDescription] = title(prompt).encode("utf-8")
+        # Of the character sets that EXIF names, ASCII is the one that all programs read.
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = xmp.ASCII_COMMENT + comment(
+            metadata
+        ).encode("ascii")
+    Image.fromarray(frame).save(path, format="WEBP", quality=POSTER_QUALITY, method=4, exif=exif)
 
 
 def _command(size: tuple[int, int], path: Path, fps: int, title: str, comment: str) -> list[str]:
