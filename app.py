@@ -11,13 +11,17 @@ import contextlib
 import logging
 import os
 import secrets
-import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from types import FrameType
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000")
+
+from mochi_app.startup import require_temporary_folder
+
+if __name__ == "__main__":
+    require_temporary_folder()
 
 import gradio as gr
 import uvicorn
@@ -32,6 +36,7 @@ from mochi_app.history import History, HistoryError
 from mochi_app.jobs import JobStatus
 from mochi_app.logs import log_stderr, start_logging
 from mochi_app.media import MediaStore
+from mochi_app.platforms import signal_name
 from mochi_app.settings import Settings, SettingsError, load_model_defaults, load_settings
 from mochi_app.studio import Studio
 from mochi_app.tickets import Tickets
@@ -74,7 +79,7 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
     queue = use_studio_queue(
         demo, max_threads=MAX_THREADS, update_seconds=STATUS_UPDATE_SECONDS, api_open=False
     )
-    studio.checks.append(lambda: queue.problem)
+    studio.checks += [lambda: queue.problem, lambda: doors.problem]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -160,7 +165,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On SIGTERM or SIGINT: no new jobs, streams end, then uvicorn shuts down."""
         self._studio.begin_stop()
-        log.info("%s: stopping", signal.Signals(sig).name)
+        log.info("%s: stopping", signal_name(sig))
         super().handle_exit(sig, frame)
 
 
@@ -208,7 +213,7 @@ def main(engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
     allow_files()
     try:
         settings = load_settings()
-        start_logging(settings.log_format)
+        start_logging(settings.log_format, settings.log_level)
         log_stderr()
         asyncio.run(serve(settings, engine_command))
     except (SettingsError, HistoryError, OSError) as error:

@@ -6,7 +6,9 @@ the first line of stdin:
 
     python -m mochi_app.accounts add NAME [--admin]
 
-The server looks at the file whenever it has changed: no restart.
+The server looks at the file whenever it has changed: no restart. While it cannot be used, nobody
+new logs in, and `/healthz` says so. Whoever is logged in stays so by what was read last, but for
+those whose name is gone from the file.
 """
 
 from __future__ import annotations
@@ -19,15 +21,14 @@ import getpass
 import hashlib
 import hmac
 import logging
-import os
 import re
 import secrets
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from mochi_app.files import rewrite, sweep_leftover
 from mochi_app.settings import SettingsError, load_settings
 
 log = logging.getLogger(__name__)
@@ -161,24 +162,57 @@ def parse_accounts(text: str) -> dict[str, Account]:
     Raises:
         AccountsError: naming the line and what was expected of it; never showing a hash.
     """
-    found: dict[str, Account] = {}
+    read = read_lines(text)
+    if read.problem:
+        raise AccountsError(read.problem)
+    return read.accounts
+
+
+@dataclass(slots=True)
+class Lines:
+    """What a file's lines say: the accounts of sound ones, by name; the names that the others
+    begin with; what is wrong with the first of these, if there is one."""
+
+    accounts: dict[str, Account] = field(default_factory=dict)
+    doubted: set[str] = field(default_factory=set)
+    problem: str = ""
+
+
+def read_lines(text: str) -> Lines:
+    """The lines of a file's text. A name with two lines is doubted: either may be meant."""
+    read = Lines()
     for number, line in enumerate(text.split("\n"), 1):
         words = line.strip().split(":")
         if words == [""] or words[0].startswith("#"):
             continue
-        if len(words) not in (2, 3) or words[2:] not in ([], ["admin"]):
-            raise AccountsError(f"line {number}: expected name:hash or name:hash:admin")
-        name = words[0]
-        if not acceptable(name):
-            raise AccountsError(f"line {number}: expected a name of {NAME_EXPECTED}")
-        if name in found:
-            raise AccountsError(f"line {number}: {name} has a line already")
         try:
-            password = PasswordHash.parse(words[1])
-        except ValueError as error:
-            raise AccountsError(f"line {number}: the hash of {name}: {error}") from None
-        found[name] = Account(name, password, admin=len(words) == 3)
-    return found
+            account = parse_account(words)
+            if account.name in read.accounts or account.name in read.doubted:
+                raise AccountsError(f"{account.name} has a line already")
+            read.accounts[account.name] = account
+        except AccountsError as error:
+            read.problem = read.problem or f"line {number}: {error}"
+            read.doubted.add(words[0])
+            read.accounts.pop(words[0], None)
+    return read
+
+
+def parse_account(words: Sequence[str]) -> Account:
+    """The account of one line, split at its colons.
+
+    Raises:
+        AccountsError: saying what was expected; never showing a hash.
+    """
+    if len(words) not in (2, 3) or words[2:] not in ([], ["admin"]):
+        raise AccountsError("expected name:hash or name:hash:admin")
+    name = words[0]
+    if not acceptable(name):
+        raise AccountsError(f"expected a name of {NAME_EXPECTED}")
+    try:
+        password = PasswordHash.parse(words[1])
+    except ValueError as error:
+        raise AccountsError(f"the hash of {name}: {error}") from None
+    return Account(name, password, admin=len(words) == 3)
 
 
 def acceptable(name: str) -> bool:
@@ -186,23 +220,23 @@ def acceptable(name: str) -> bool:
     return bool(NAME.fullmatch(name)) and name != MACHINE and not name.startswith(ANONYMOUS)
 
 
-def read_accounts(path: Path) -> dict[str, Account]:
-    """The accounts of a file.
+def read_accounts(path: Path) -> Lines:
+    """The accounts in a file.
 
     Raises:
-        AccountsError: it cannot be read, or not be used.
+        AccountsError: it cannot be read.
     """
     try:
-        return parse_accounts(path.read_text(encoding="utf-8"))
-    except AccountsError as error:
-        raise AccountsError(f"accounts in {path}: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
+        read = read_lines(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise AccountsError(f"accounts in {path}: {error}") from error
+    if read.problem:
+        read.problem = f"accounts in {path}: {read.problem}"
+    return read
 
 
 class Accounts:
-    """The accounts of a file, read again when it changes. One that cannot be used is told in the
-    log, and what was read last stays in force.
+    """The accounts of a file, read again when it changes; see above for one that cannot be used.
 
     Raises:
         AccountsError: it cannot be used at the start.
@@ -210,38 +244,72 @@ class Accounts:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        sweep_leftover(path)
         self._seen = self._stamp()
-        self._accounts: Mapping[str, Account] = read_accounts(path)
-        if not self._accounts:
+        read = read_accounts(path)
+        if read.problem:
+            raise AccountsError(read.problem)
+        self._accounts: Mapping[str, Account] = read.accounts
+        self._problem = ""
+        if not read.accounts:
             log.warning("accounts in %s: there are none, so nobody can log in", path)
+
+    @property
+    def problem(self) -> str | None:
+        """Why nobody new can log in, for anybody to read: the log has the file and the line."""
+        self._look()
+        if self._problem:
+            return "accounts: the file cannot be used, so nobody new can log in; the log says why"
+        return None
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nobody who could log in."""
+        self._look()
+        return not self._accounts
 
     def find(self, name: str) -> Account | None:
         """The account of that name, by the file as it is now."""
-        stamp = self._stamp()
-        if stamp != self._seen:
-            self._seen = stamp
-            try:
-                self._accounts = read_accounts(self._path)
-            except AccountsError as error:
-                log.error("%s; the ones read before stay in force", error)
+        self._look()
         return self._accounts.get(name)
+
+    def _look(self) -> None:
+        """Read the file again if it has changed, or could not be used."""
+        stamp = self._stamp()
+        if stamp == self._seen and not self._problem:
+            return
+        self._seen = stamp
+        told = self._problem
+        try:
+            read = read_accounts(self._path)
+            kept = {name: old for name, old in self._accounts.items() if name in read.doubted}
+            self._accounts, self._problem = kept | read.accounts, read.problem
+        except AccountsError as error:
+            self._problem = str(error)
+        if self._problem and self._problem != told:
+            log.error(
+                "%s; nobody new can log in, the ones read before stay in force", self._problem
+            )
+        elif told and not self._problem:
+            log.info("accounts in %s: can be used again", self._path)
 
     def _stamp(self) -> tuple[int, ...] | None:
         with contextlib.suppress(OSError):
             stat = self._path.stat()
-            return stat.st_mtime_ns, stat.st_size, stat.st_ino
+            # The time of a change of owner or mode, too: what could not be read may be readable.
+            return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_dev, stat.st_ino
         return None
 
     def check(self, name: str, password: str) -> Account | None:
-        """The account, if name and password are right. As slow for an unknown name, and blocking:
-        not on the event loop."""
-        account = self.find(name)
+        """The account, if name and password are right; none while the file cannot be used. As slow
+        for an unknown name, and blocking: not on the event loop."""
+        account = self.find(name) if not self.problem else None
         right = (account.password if account else NOBODY).fits(password[: MAX_PASSWORD + 1])
         return account if right else None
 
 
 def add(path: Path, name: str, password: str, admin: bool) -> None:
-    """Write a person's line, in place of an earlier one; the file is made, for its owner only.
+    """Write a person's line, in place of an earlier one; the file is made if need be.
 
     Raises:
         AccountsError: name or password is not acceptable, or the file cannot be used.
@@ -252,7 +320,7 @@ def add(path: Path, name: str, password: str, admin: bool) -> None:
         raise AccountsError(
             f"password: got {len(password)} characters, expected {MIN_PASSWORD} to {MAX_PASSWORD}"
         )
-    rewrite(path, name, str(Account(name, PasswordHash.of(password), admin)))
+    rewrite_accounts(path, name, str(Account(name, PasswordHash.of(password), admin)))
 
 
 def remove(path: Path, name: str) -> None:
@@ -261,31 +329,37 @@ def remove(path: Path, name: str) -> None:
     Raises:
         AccountsError: there is no such line, or the file cannot be used.
     """
-    if name not in read_accounts(path):
+    if not path.exists():
         raise AccountsError(f"NAME: {path} has no {name[:80]!a}")
-    rewrite(path, name, None)
+    rewrite_accounts(path, name, None)
 
 
-def rewrite(path: Path, name: str, line: str | None) -> None:
-    """Replace a person's line, all or nothing; other lines and comments stay as they are."""
-    lines: list[str] = []
-    mode = 0o600
-    if path.exists():
-        read_accounts(path)
-        mode = path.stat().st_mode & 0o777
-        lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [other for other in lines if other.strip().split(":")[0] != name]
-    text = "".join(f"{other}\n" for other in [*kept, *([line] if line else [])])
+def rewrite_accounts(path: Path, name: str, line: str | None) -> None:
+    """Replace a person's line, or take it out; other lines and comments stay as they are.
+
+    Raises:
+        AccountsError: there is no line to take out, or the file cannot be used; it is as it was.
+    """
+
+    def change(content: bytes) -> bytes:
+        text = content.decode("utf-8")
+        known = parse_accounts(text)
+        if line is None and name not in known:
+            raise AccountsError(f"NAME: no {name[:80]!a}")
+        kept = [other for other in text.splitlines() if other.strip().split(":")[0] != name]
+        return "".join(f"{other}\n" for other in [*kept, *([line] if line else [])]).encode()
+
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
+        in_place = rewrite(path, change)
+    except (OSError, UnicodeDecodeError, AccountsError) as error:
         raise AccountsError(f"accounts in {path}: {error}") from error
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fchmod(file.fileno(), mode)
-        os.fsync(file.fileno())
-    Path(temporary).replace(path)
+    if in_place:
+        log.warning(
+            "accounts in %s: written in place, as it could not be replaced (%s): do not cut the"
+            " power now, and check the file if somebody did",
+            path,
+            in_place,
+        )
 
 
 def read_password() -> str:

@@ -9,15 +9,24 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any, ClassVar, TextIO
 
 log = logging.getLogger("stderr")
+
+OURS = {"mochi_app", "tests", "__main__"}  # the first part of the names of our loggers
+PACKAGE = Path(__file__).parent
+FORMAT = "%(asctime)s %(levelname)s %(message)s"  # a child's; `level_of` reads it
+LEVEL = re.compile(r"[-\d]{10} [:\d]{8},\d{3} (DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
+GLOG = re.compile(r"\[?([IWEF])\d{4} [:\d]{8}\.\d+ ")  # also torch's own, C++ or Python
+WARNING = re.compile(r"\S+:\d+: \w*Warning: |(\w*Warning|WARNING):? ")
 
 _about: ContextVar[Mapping[str, Any]] = ContextVar("about", default={})  # noqa: B039 - never changed
 
@@ -109,14 +118,71 @@ class LoggedLines(io.TextIOBase):
         return self._behind.fileno()
 
 
+class Attentive(logging.Logger):
+    """A logger of a process that lives among libraries: each record goes to the root's handlers,
+    whatever handlers the library has put up, and a library's below ERROR are at debug level, but
+    for what is `heard`: names of packages, in the name of the logger or in the message."""
+
+    heard: ClassVar[set[str]] = set()
+
+    def callHandlers(self, record: logging.LogRecord) -> None:
+        """Hand the record on."""
+        if self._foreign(record):
+            record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+            record.msg, record.args = " ".join(record.getMessage().split()), None
+        logging.getLogger().callHandlers(record)
+
+    def _foreign(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR or record.name.split(".")[0] in OURS:
+            return False
+        text = f"{record.name} {record.getMessage()}"
+        # Warnings of Python name the file that they are about.
+        ours = record.name == "py.warnings" and str(PACKAGE) in text
+        return not ours and not any(word in text for word in self.heard)
+
+
+def attend(level: str, heard: set[str]) -> None:
+    """Let `Attentive` log what is imported from now on, and the warnings of Python; `level` as in
+    `start_logging`."""
+    Attentive.heard = heard
+    logging.setLoggerClass(Attentive)
+    logging.captureWarnings(True)
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(level.upper())
+
+
+def level_of(line: str) -> int:
+    """The level of a line that a child process wrote: as it says itself, debug for the information
+    and the warnings of native code, as glog and Python print them; else INFO."""
+    if told := LEVEL.match(line):
+        return logging.getLevelNamesMapping()[told[1]]
+    if told := GLOG.match(line):
+        return logging.ERROR if told[1] in "EF" else logging.DEBUG
+    return logging.DEBUG if WARNING.match(line) else logging.INFO
+
+
 def log_stderr() -> None:
     """From now on what is written to stderr is logged; after `start_logging`, once."""
     sys.stderr = LoggedLines(sys.stderr)
 
 
-def start_logging(form: str) -> None:
-    """Log to stderr from now on, as `text` or `json`."""
+def start_logging(form: str, level: str = "info") -> None:
+    """Log to stderr from now on, as `text` or `json`, what is of this `level` or above; at debug
+    level the app's own events and the warnings of libraries, but not all that libraries tell."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else Lines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    for logger in (logging.getLogger("mochi_app"), logging.getLogger("py.warnings")):
+        logger.setLevel(level.upper())
+    logging.getLogger("py.warnings").addFilter(at_debug_level)
+    if level == "warning":
+        logging.getLogger().setLevel(logging.WARNING)
+
+
+def at_debug_level(record: logging.LogRecord) -> bool:
+    """Filter: a warning of a library is at debug level."""
+    record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+    record.msg, record.args = " ".join(record.getMessage().split()), None
+    return logging.getLogger("mochi_app").isEnabledFor(logging.DEBUG)

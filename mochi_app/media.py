@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
+import struct
 import subprocess
 import threading
 from collections.abc import Collection
@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import imageio_ffmpeg
+from PIL import ExifTags, Image
 
+from mochi_app import xmp
 from mochi_app.files import fsync
 from mochi_app.jobs import JOB_ID, parse_job_id, shown
 
@@ -399,7 +401,8 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `engine/encode.py` wrote into the MP4 at `path`: the request and what made it.
+    """What `engine/encode.py` wrote into the MP4 at `path`: the request and what made it. Of its
+    two places, the comment comes first, and the XMP where a service has blanked the comment.
 
     Raises:
         MediaError: no such file, not an MP4, a torn one, or one without metadata of this app.
@@ -408,14 +411,40 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise MediaError(f"{name}: no such file")
     comment = parse_ffmetadata(dump_ffmetadata(path)).get("comment")
-    if comment is None:
-        raise MediaError(f"{name}: the video carries no metadata")
+    first = [] if comment is None else [comment]
     try:
-        record = json.loads(comment)
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
+        texts = [*first, *xmp.read_requests(path)]
+    except OSError as error:
+        raise MediaError(f"{name}: {error.strerror}") from error
+    records = [record for text in texts if (record := xmp.parse_request(text)) is not None]
+    if not texts:
+        raise MediaError(f"{name}: the video carries no metadata")
+    if not records:
         raise MediaError(f"{name}: the video's comment is not metadata of this app")
+    # Who puts a comment of their own in place of ours may well write JSON.
+    return next((record for record in records if "prompt" in record), records[0])
+
+
+def read_poster_metadata(path: Path) -> dict[str, Any]:
+    """What `engine/encode.py` wrote into the WebP at `path`: the same as into its video.
+
+    Raises:
+        MediaError: no such file, not a WebP, or one without metadata of this app.
+    """
+    name = shown(path.name)
+    if not path.is_file():
+        raise MediaError(f"{name}: no such file")
+    try:
+        with Image.open(path, formats=["WEBP"]) as image:
+            given = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        raise MediaError(f"{name}: not a whole WebP ({type(error).__name__})") from None
+    if not isinstance(given, bytes) or not given.startswith(xmp.ASCII_COMMENT):
+        raise MediaError(f"{name}: the poster carries no metadata")
+    text = given.removeprefix(xmp.ASCII_COMMENT).rstrip(b"\0").decode("ascii", "replace")
+    record = xmp.parse_request(text)
+    if record is None:
+        raise MediaError(f"{name}: the poster's comment is not metadata of this app")
     return record
 
 

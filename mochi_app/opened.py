@@ -11,18 +11,20 @@ import errno
 import os
 from pathlib import Path
 
+# Opens a path to name its file and no more; Linux has it
+NAMING: int | None = os.O_PATH | os.O_CLOEXEC if hasattr(os, "O_PATH") else None
 # Nothing is there that could be opened
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
-def leads_to(path: Path, descriptor: int) -> bool:
-    """Whether the path, its links followed, leads to the open file.
+def leads_to(path: Path, held: int | os.stat_result) -> bool:
+    """Whether the path, its links followed, leads to the file of this descriptor or status.
 
     Raises:
         OSError: the disk does not say.
     """
     try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
+        return os.path.samestat(path.stat(), os.fstat(held) if isinstance(held, int) else held)
     except OSError as error:
         if error.errno in GONE:
             return False
@@ -34,10 +36,11 @@ class Opened:
 
     Each is held open, so that its inode number is not given to another file. The descriptor is good
     for nothing else (O_PATH): to close one that reads would end SQLite's own locks on the file.
+    Where there is no such descriptor (macOS) the inode's number is remembered.
     """
 
     def __init__(self) -> None:
-        self._held: dict[Path, int] = {}
+        self._held: dict[Path, int | os.stat_result] = {}
 
     def hold(self, path: Path) -> None:
         """Take hold of what the path leads to, unless it is held already.
@@ -46,12 +49,12 @@ class Opened:
             OSError: it leads nowhere.
         """
         if path not in self._held:
-            self._held[path] = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            self._held[path] = path.stat() if NAMING is None else os.open(path, NAMING)
 
     def release(self, path: Path) -> None:
         """Let go of it."""
-        if (descriptor := self._held.pop(path, None)) is not None:
-            os.close(descriptor)
+        if isinstance(held := self._held.pop(path, None), int):
+            os.close(held)
 
     def close(self) -> None:
         """Let go of all."""
@@ -65,7 +68,7 @@ class Opened:
         Raises:
             OSError: the disk does not say.
         """
-        for path, descriptor in self._held.items():
-            if not leads_to(path, descriptor):
+        for path, held in self._held.items():
+            if not leads_to(path, held):
                 return path
         return None

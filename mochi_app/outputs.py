@@ -16,6 +16,7 @@ import os
 import stat
 from pathlib import Path
 
+from mochi_app.files import sync
 from mochi_app.history import History, HistoryError
 from mochi_app.media import FOLDERS, TEMPORARY_PREFIX, MediaStore
 from mochi_app.pulse import Pulse
@@ -194,7 +195,7 @@ def try_writing(folder: Path) -> None:
         with probe.open("wb") as file:
             file.write(b"probe")
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from typing import Any
 import diskcache
 import orjson
 
-from mochi_app.files import fsync
+from mochi_app.files import fsync, sync
 from mochi_app.job_index import JobIndex, RequestKey
 from mochi_app.jobs import Job, shown
 from mochi_app.opened import Opened, leads_to
@@ -187,7 +187,7 @@ def replace_file(path: Path, content: bytes) -> None:
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
     temporary.replace(path)
     fsync(path.parent)
 
@@ -436,6 +436,8 @@ class RecordStore:
                     tag_index=0,
                     disk_min_file_size=NO_LIMIT,
                     sqlite_synchronous=2,  # FULL: a commit is on the disk, power loss or not
+                    sqlite_fullfsync=1,  # on macOS, too
+                    sqlite_checkpoint_fullfsync=1,
                     sqlite_mmap_size=0,  # an unreadable page is an error, not a SIGBUS
                 )
                 self._jobs = len(index)
@@ -672,7 +674,7 @@ class RecordStore:
             self._opened = None
         if self._sentinel is not None:
             with contextlib.suppress(OSError):
-                os.fsync(self._sentinel)
+                sync(self._sentinel)
             os.close(self._sentinel)
             self._sentinel = None
         if self._lock is not None:

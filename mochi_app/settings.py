@@ -344,6 +344,13 @@ class Settings(BaseSettings):
         default="text", pattern="^(text|json)$", description="The log: `text`, or `json` by line."
     )
 
+    log_level: str = Field(
+        default="info",
+        pattern="^(debug|info|warning)$",
+        description="What the log tells: `debug` has the warnings of libraries, too; "
+        "`warning` only what may need somebody.",
+    )
+
     auth_file: Path | None = Field(
         default=None,
         description="Accounts (`python -m mochi_app.accounts add NAME`). With it everybody has to "

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 
 from mochi_app import __version__
 from mochi_app.engine.messages import Configure, Run
-from mochi_app.files import fsync
+from mochi_app.files import fsync, sync
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def write(path: Path, checkpoint: Checkpoint, stamp: Stamp) -> None:
         with unfinished.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(unfinished, path)
     except OSError:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Frames to an H.264 MP4 and a WebP poster, with the request inside the MP4.
+"""Frames to an H.264 MP4 and a WebP poster, with the request inside both.
 
 Owns the encoder's options and how metadata is put into the file. It does not own where files end
 up: `mochi_app.media` puts them in place and reads the metadata back. numpy in, files out; no torch.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import Any
 import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import ExifTags, Image
 
+from mochi_app import xmp
 from mochi_app.files import fsync
 
 Frames = npt.NDArray[np.uint8]
@@ -87,7 +87,7 @@ def save(
         frames: RGB, shape (F, H, W, 3); H and W even.
         folder: created if need be.
         fps: frames a second.
-        metadata: JSON-ready; lands in the file's comment.
+        metadata: JSON-ready; lands in the video's comment and XMP, and in the poster's EXIF.
 
     Raises:
         EncodeError: metadata that does not fit, or a failure of the encoder.
@@ -98,7 +98,7 @@ def save(
     # The suffixes stay what they are: ffmpeg and Pillow go by them.
     video, poster = folder / f"tmp-{output.video}", folder / f"tmp-{output.poster}"
     write_video(frames, video, fps=fps, prompt=prompt, metadata=metadata)
-    write_poster(frames[len(frames) // 2], poster)
+    write_poster(frames[len(frames) // 2], poster, prompt=prompt, metadata=metadata)
     for path in (video, poster):  # whole under its final name, even after a power cut
         fsync(path)
     poster.replace(folder / output.poster)
@@ -116,33 +116,45 @@ def write_video(
 
     Raises:
         EncodeError: with the last words of ffmpeg.
+        OSError: the disk takes no more when the video is encoded.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
         raise EncodeError(
             f"frames of shape {frames.shape}, {frames.dtype}: expected (F, H, W, 3), uint8"
         )
     command = _command(frames.shape[1:3], path, fps, title(prompt), comment(metadata))
-    with tempfile.TemporaryFile() as log:
-        try:
-            subprocess.run(
-                command,
-                input=np.ascontiguousarray(frames).data.cast("B"),
-                stdout=log,
-                stderr=log,
-                timeout=TIMEOUT_SECONDS,
-                check=True,
-            )
-        except subprocess.CalledProcessError as error:
-            raise EncodeError(
-                f"ffmpeg ended with status {error.returncode}: {_tail(log)}"
-            ) from None
-        except subprocess.TimeoutExpired:
-            raise EncodeError(f"ffmpeg did not end within {TIMEOUT_SECONDS} s") from None
+    try:
+        subprocess.run(
+            command,
+            input=np.ascontiguousarray(frames).data.cast("B"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT_SECONDS,
+            check=True,
+        )
+    except subprocess.CalledProcessError as error:
+        raise EncodeError(
+            f"ffmpeg ended with status {error.returncode}: {_tail(error.stdout)}"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise EncodeError(f"ffmpeg did not end within {TIMEOUT_SECONDS} s") from None
+    with path.open("ab") as file:  # after all else, so that what plays stays where it is
+        file.write(xmp.box(prompt, comment(metadata)))
 
 
-def write_poster(frame: Frames, path: Path) -> None:
-    """Write one RGB frame, shape (H, W, 3), as a WebP at its own size."""
-    Image.fromarray(frame).save(path, format="WEBP", quality=POSTER_QUALITY, method=4)
+def write_poster(
+    frame: Frames, path: Path, *, prompt: str = "", metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write one RGB frame, shape (H, W, 3), as a WebP at its own size. The request is in its EXIF:
+    a title as its description, `comment(metadata)` as its user comment."""
+    exif = Image.Exif()
+    if metadata is not None:
+        exif[ExifTags.Base.ImageDescription] = title(prompt).encode("utf-8")
+        # Of the character sets that EXIF names, ASCII is the one that all programs read.
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = xmp.ASCII_COMMENT + comment(
+            metadata
+        ).encode("ascii")
+    Image.fromarray(frame).save(path, format="WEBP", quality=POSTER_QUALITY, method=4, exif=exif)
 
 
 def _command(size: tuple[int, int], path: Path, fps: int, title: str, comment: str) -> list[str]:
@@ -166,7 +178,6 @@ def _command(size: tuple[int, int], path: Path, fps: int, title: str, comment: s
     ]  # fmt: skip
 
 
-def _tail(log: Any, limit: int = 400) -> str:
+def _tail(said: bytes, limit: int = 400) -> str:
     """The end of what ffmpeg said, on one line."""
-    log.seek(0)
-    return " ".join(log.read().decode("utf-8", "replace").split())[-limit:]
+    return " ".join(said.decode("utf-8", "replace").split())[-limit:]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mochi_app.engine.parallel import CFG, SP, mesh_shape
+from mochi_app.platforms import loopback
 
 # Of every group, those of the meshes included: the slot has the deadlines and kills what hangs; a
 # rank that waits for a slow peer does no harm.
@@ -37,7 +38,7 @@ class Ranks:
         if size == 1:
             return cls(device=device)
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, "lo")
+            os.environ.setdefault(variable, loopback())
         on_gpu = device.type == "cuda"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",

@@ -40,6 +40,7 @@ from mochi_app.engine.weight_files import (
     safetensors_problem,
 )
 from mochi_app.errors import one_line
+from mochi_app.files import fsync
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -364,8 +365,7 @@ def fetch(snapshot: Snapshot, file: RemoteFile, patience: float, emit: Emit) -> 
     for _ in range(2):
         fill(snapshot, file, patience)
         if digest_of(partial, file.digest) == file.digest:
-            with partial.open("rb") as written:
-                os.fsync(written)
+            fsync(partial)
             partial.replace(blob)
             return
         partial.unlink()

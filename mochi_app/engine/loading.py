@@ -140,13 +140,12 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keep the log for what matters: no progress bars, which events stand for, and no advice."""
+    """Keep the log for what matters: no progress bars, which events stand for. Advice is at debug
+    level in a rank (`logs.Attentive`)."""
     # Mochi's rope asks for float32 under autocast, which on a CPU is what it has anyway.
     warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
 
 
 def open_pipeline(

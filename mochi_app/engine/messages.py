@@ -55,6 +55,7 @@ class Configure(Message):
     height: int = 0
     width: int = 0
     num_frames: int = 0
+    log_level: str = "info"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

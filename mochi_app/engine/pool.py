@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from mochi_app.engine.weight_events import WeightsError
 from mochi_app.engine.weights import WEIGHTS_COMMAND
 from mochi_app.errors import without_folders
 from mochi_app.logs import about
+from mochi_app.platforms import usable_cores
 from mochi_app.settings import Settings, SlotSpec, load_model_defaults
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def threads_per_rank(settings: Settings) -> int:
     if settings.threads:
         return settings.threads
     ranks = sum(device == "cpu" for slot in settings.slots for device in slot.devices)
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return max(1, cores // ranks) if ranks else 0
 
 

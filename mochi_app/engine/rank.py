@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import logging
 import os
 import re
@@ -27,8 +26,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from mochi_app import logs
+from mochi_app.engine.lifeline import die_with_parent, leave
 from mochi_app.engine.messages import (
     MAX_LINE_BYTES,
     Cancel,
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
-PR_SET_PDEATHSIG = 1
 EXIT_PROTOCOL = 3
 
 Emit = Callable[[Message], None]
@@ -208,10 +208,9 @@ def main(argv: Sequence[str] | None = None, loader: Loader = load_mochi) -> int:
     parser.add_argument("--channel", type=int, required=True, help="descriptor of the socket")
     channel = Channel(parser.parse_args(argv).channel)
     os.dup2(2, 1)  # whatever a library prints belongs to the log
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=logs.FORMAT)
     config = configure(channel)
+    logs.attend(config.log_level, libraries_of(config))
     inbox = Inbox()
     for name, target in (("heartbeat", beat), ("reader", read)):
         arguments = (channel,) if target is beat else (channel, inbox)
@@ -229,22 +228,6 @@ def main(argv: Sequence[str] | None = None, loader: Loader = load_mochi) -> int:
     return 0
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies; leave if it just did."""
-    parent = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        leave(0)
-
-
-def leave(status: int) -> NoReturn:
-    """End the process at once, from any thread."""
-    sys.stderr.flush()
-    os._exit(status)
-
-
 def configure(channel: Channel) -> Configure:
     """Read the first message, which sets the epoch of all that is sent."""
     command = channel.receive()
@@ -254,6 +237,17 @@ def configure(channel: Channel) -> Configure:
         raise SystemExit(f"expected Configure as the first message, got {type(command).__name__}")
     channel.epoch = command.epoch
     return command
+
+
+def libraries_of(config: Configure) -> set[str]:
+    """The packages that this configuration needs beside those of every other: what they complain of
+    concerns whoever asked for them."""
+    words = {"torchao"} if config.quantization == "int8" else set()
+    if config.compile:
+        words |= {"torch._dynamo", "torch._inductor", "triton"}
+    if config.attention != "native":
+        words |= {"attention", "flash_attn", "xformers"}
+    return words
 
 
 def beat(channel: Channel) -> None:

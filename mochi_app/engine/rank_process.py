@@ -19,6 +19,8 @@ from typing import Any
 
 from mochi_app.engine import messages
 from mochi_app.engine.messages import Message
+from mochi_app.logs import level_of
+from mochi_app.platforms import signal_name
 from mochi_app.settings import PROJECT_DIR
 
 log = logging.getLogger(__name__)
@@ -110,8 +112,10 @@ class RankProcess:
 
     def _keep_line(self, name: str, line: str) -> None:
         if line.strip():
-            self.tail.append(line.rstrip())
-            log.info("%s: %s", name, line.rstrip())
+            level = level_of(line)
+            if level > logging.DEBUG:
+                self.tail.append(line.rstrip())
+            log.log(level, "%s: %s", name, line.rstrip())
 
     async def receive(self) -> Message | None:
         """The next message, None at the end of the channel.
@@ -180,6 +184,6 @@ class RankProcess:
         if code is None:
             return f"{who} closed its channel"
         if code < 0:
-            return f"{who} was killed by {signal.Signals(-code).name}"
+            return f"{who} was killed by {signal_name(-code)}"
         words = f": {self.tail[-1]}" if self.tail and code else ""
         return f"{who} exited with code {code}{words}"

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from mochi_app.store_errors import UNUSABLE, said
 
+FOLLOWS = hasattr(os, "O_PATH")  # Linux, whose /proc leads to open folders
+
 
 class Scratch:
     """The folder at `path`, opened when it is first asked for."""
@@ -21,7 +23,7 @@ class Scratch:
 
     def folder(self) -> Path:
         """A path that leads to the folder wherever it has been moved, for this process and those
-        that it starts. One that was removed is opened, or made, anew.
+        that it starts; on macOS its name. One that was removed is opened, or made, anew.
 
         Raises:
             OSError: it cannot be.
@@ -31,7 +33,8 @@ class Scratch:
             self._descriptor = None
         if self._descriptor is None:
             self._descriptor = self._open()
-        return Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+        lasting = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+        return lasting if FOLLOWS and lasting.is_dir() else Path(self.path)
 
     def _open(self) -> int:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC

@@ -211,6 +211,7 @@ class Slot:
             height=self.video[0],
             width=self.video[1],
             num_frames=self.video[2],
+            log_level=self._settings.log_level,
         )
 
     @property

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mochi_app.engine.hub_cache import PATIENCE_SECONDS, Options, provide
-from mochi_app.engine.rank import die_with_parent, leave
+from mochi_app.engine.lifeline import die_with_parent, leave
 from mochi_app.engine.weight_events import (
     Done,
     Event,
@@ -36,6 +36,8 @@ from mochi_app.engine.weight_events import (
     emit_line,
 )
 from mochi_app.engine.weight_files import DTYPES, PartTypes
+from mochi_app.logs import level_of
+from mochi_app.platforms import signal_name
 
 log = logging.getLogger(__name__)
 
@@ -188,14 +190,14 @@ async def _keep_stderr(stream: asyncio.StreamReader, tail: deque[str]) -> None:
         for line in chunk.decode("utf-8", "backslashreplace").splitlines():
             if text := line.strip():
                 tail.append(text)
-                log.info("weights: %s", text)
+                log.log(level_of(text), "weights: %s", text)
 
 
 def _ending(process: asyncio.subprocess.Process, tail: Sequence[str]) -> str:
     """How a child ended that did not say so itself."""
     who, code = f"the download process (pid {process.pid})", process.returncode or 0
     if code < 0:
-        return f"{who} was killed by {signal.Signals(-code).name}: it goes on at the next start"
+        return f"{who} was killed by {signal_name(-code)}: it goes on at the next start"
     words = f": {tail[-1]}" if tail else ""
     return f"{who} ended with code {code} and no result{words}"
 

@@ -15,16 +15,20 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 20.0  # from the connection, or the answer before, until a request's head is whole
 MOST_FILES = 1 << 16  # asked for; some programs that we start might close all they could have open
+OPEN_MAX = 10240  # the most that macOS grants, whatever its "unlimited" says
 MOST_CONNECTIONS = 4096  # more than that are kept only while they are answered
 
 
 def allow_files() -> None:
     """Let this process, and those it starts, have as many files open as the system grants."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    for most in (MOST_FILES, OPEN_MAX):
+        wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+        if soft == resource.RLIM_INFINITY or soft >= wanted:
+            return
         with contextlib.suppress(OSError, ValueError):  # it goes with fewer
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return
 
 
 def most_connections() -> int:

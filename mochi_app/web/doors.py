@@ -33,6 +33,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mochi_app.accounts import ANONYMOUS, MACHINE, Account, Accounts, Caller
+from mochi_app.files import sync
 from mochi_app.jobs import JOB_ID, shown
 from mochi_app.logins import EndedLogins
 from mochi_app.settings import Settings, SettingsError
@@ -91,7 +92,7 @@ def load_key(folder: Path) -> bytes:
         with os.fdopen(handle, "wb") as file:
             file.write(secrets.token_bytes(KEY_BYTES))
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
     key = path.read_bytes()
     if len(key) != KEY_BYTES:
         raise SettingsError(
@@ -186,6 +187,15 @@ class Doors:
         """Whether one has to log in."""
         return self._accounts is not None
 
+    @property
+    def problem(self) -> str | None:
+        """Why somebody who should come in cannot, for `/healthz`."""
+        if self._accounts is None:
+            return None
+        if self._accounts.empty and self._token is None:
+            return "accounts: there are none, and no API token, so nobody can come in"
+        return self._accounts.problem
+
     def caller(self, connection: HTTPConnection) -> Caller | None:
         """Who comes; None for a stranger before a closed door."""
         headers = connection.headers
@@ -242,6 +252,8 @@ class Doors:
         """
         assert self._accounts is not None
         address = address_of(connection)
+        if self._accounts.problem:
+            raise LoginRefused(503, "the accounts cannot be read: ask who runs this server")
         if self._waiting >= CHECKS_WAITING:
             raise LoginRefused(503, "too many log in at the moment: try again", 2)
         if wait := self._throttle.take(address):

@@ -286,6 +286,28 @@ def test_an_account_is_removed(closed: Served) -> None:
     assert eve.get("/config").status_code == 401
 
 
+def test_the_accounts_file_is_damaged(closed: Served) -> None:
+    """The accounts file gets a bad line while people are logged in, and loses one of them: /healthz
+    is 503 and says so, nobody new logs in, who is gone from it stays outside, the others go on, and
+    it is believed again once it is mended."""
+    path = closed.data_dir.parent / "accounts"
+    ann, bob = as_user(closed, "ann"), as_user(closed, "bob")
+    sound = path.read_text()
+    kept = [line for line in sound.splitlines() if not line.startswith("bob:")]
+    path.write_text("\n".join([*kept, "zoe:what is this\n"]))
+    try:
+        health = closed.get("/healthz")
+        assert health.status_code == 503
+        assert any(reason.startswith("accounts: ") for reason in health.json()["reasons"])
+        assert enter(closed, "ada").status_code == 503
+        assert bob.get("/config").status_code == 401
+        works(ann)
+    finally:
+        path.write_text(sound)
+    assert closed.get("/healthz").status_code == 200
+    assert enter(closed, "bob").status_code == 200
+
+
 def test_another_browser_stops_a_job(serve: Callable[..., Served]) -> None:
     """Without a login, another browser stops or deletes one's job: refused, and told where one
     can."""

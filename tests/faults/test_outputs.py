@@ -13,8 +13,15 @@ import httpx
 import pytest
 
 from mochi_app.jobs import JobIds
+from mochi_app.media import (
+    dump_ffmetadata,
+    parse_ffmetadata,
+    read_metadata,
+    read_poster_metadata,
+)
 from tests.crowds import deaf_listener
 from tests.serving import Refusal, Served, poll
+from tests.test_xmp import blank_tags
 
 Serve = Callable[..., Served]
 SMALL = {"height": 64, "width": 64, "num_frames": 7}
@@ -244,3 +251,17 @@ def test_a_video_that_vanished(serve: Serve) -> None:
         served.terminate()
         served.start().ready()
     assert "the videos of 1 jobs are gone from the disk" in served.log.read_text()
+
+
+def test_a_service_blanks_the_tags_of_a_video(serve: Serve) -> None:
+    """A chat service blanks the tags of a video: prompt, seed and all parameters are read back from
+    its other place."""
+    served = serve("ok").ready()
+    job = served.ended(served.call("submit_job", prompt="<all> & well", seed=5)["id"])
+    path = served.data_dir / "videos" / job["video"]
+    told = read_metadata(path)
+    blank_tags(path)
+    assert "comment" not in parse_ffmetadata(dump_ffmetadata(path))
+    assert read_metadata(path) == told
+    assert (told["prompt"], told["seed"]) == ("<all> & well", 5)
+    assert read_poster_metadata(served.data_dir / "posters" / job["poster"]) == told
