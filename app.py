@@ -30,32 +30,35 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Mount
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from mochi_app.engine.pool import Pool
-from mochi_app.engine.slot import ENGINE_COMMAND
-from mochi_app.history import History, HistoryError
+from mochi_app.errors import HistoryError
 from mochi_app.jobs import JobStatus
 from mochi_app.logs import log_stderr, start_logging
-from mochi_app.media import MediaStore
+from mochi_app.model_defaults import load_model_defaults
 from mochi_app.platforms import signal_name
-from mochi_app.settings import Settings, SettingsError, load_model_defaults, load_settings
-from mochi_app.studio import Studio
-from mochi_app.tickets import Tickets
+from mochi_app.settings import Settings, SettingsError, load_settings
+from mochi_app.slots.pool import Pool
+from mochi_app.slots.slot import ENGINE_COMMAND
+from mochi_app.store.history import History
+from mochi_app.store.media import MediaStore
+from mochi_app.studio.studio import Studio
 from mochi_app.web import ui
 from mochi_app.web.api import Api
+from mochi_app.web.auth import Doors, Guard, user_of
 from mochi_app.web.connections import Connection, allow_files, most_connections
-from mochi_app.web.doors import Doors, Guard, add_login, user_of
-from mochi_app.web.guards import (
+from mochi_app.web.gradio_queue import use_studio_queue
+from mochi_app.web.hosts import OwnHost, ServedHosts, UnderPrefix, root_path
+from mochi_app.web.login import add_login
+from mochi_app.web.middleware import (
     BoundedBody,
     OnlyWhatIsNeeded,
     OwnOrigin,
     SecurityHeaders,
     WholeStreams,
 )
-from mochi_app.web.hosts import OwnHost, ServedHosts, UnderPrefix, root_path
-from mochi_app.web.limits import StreamLimits
-from mochi_app.web.queue import use_studio_queue
 from mochi_app.web.routes import add_routes, explain_bad_calls
 from mochi_app.web.template import use_own_address
+from mochi_app.web.tickets import Tickets
+from mochi_app.web.unread import StreamLimits
 
 log = logging.getLogger("mochi_app")
 

@@ -28,13 +28,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mochi_app.callers import ANONYMOUS, MACHINE
 from mochi_app.files import rewrite, sweep_leftover
 from mochi_app.settings import SettingsError, load_settings
 
 log = logging.getLogger(__name__)
-
-MACHINE = "api"  # who comes with the API token
-ANONYMOUS = "anon-"  # begins the name of a browser that nobody logged in from
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 NAME_EXPECTED = (
     "1 to 64 of A-Z a-z 0-9 . _ @ -, the first a letter or digit,"
@@ -49,31 +47,6 @@ MAX_COST = (2**18, 8, 16)  # 256 MiB: a line of the file must not make a login e
 
 class AccountsError(SettingsError):
     """The accounts file cannot be used. The message names file, line and what was expected."""
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks: a person, the holder of the API token, a browser, or nobody known (no name)."""
-
-    name: str = ""
-    admin: bool = False
-
-    @property
-    def anonymous(self) -> bool:
-        """Whether nobody logged in."""
-        return not self.name or self.name.startswith(ANONYMOUS)
-
-    @property
-    def may_empty_trash(self) -> bool:
-        """With a login that is an admin's; without, anybody's as there are no admins."""
-        return self.admin or self.anonymous
-
-    def owns(self, owner: str) -> bool:
-        """Whether what has this owner is the caller's to stop and to delete."""
-        return self.admin or owner in ("", self.name)
-
-
-HOUSE = Caller(name="", admin=True)  # the server's own work
 
 
 @dataclass(frozen=True, slots=True)

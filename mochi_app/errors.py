@@ -22,3 +22,11 @@ def one_line(error: BaseException, *, paths: bool = False) -> str:
         text = without_folders(text)
     text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= MAX_CHARS else text[: MAX_CHARS - 1] + "…"
+
+
+class MediaError(ValueError):
+    """A file is not what it should be. The message names the file, without its folder, and why."""
+
+
+class HistoryError(RuntimeError):
+    """The store cannot be used. The message says what was found and what to do."""

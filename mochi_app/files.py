@@ -19,6 +19,8 @@ TEMPORARY_SUFFIX = ".rewrite-tmp"
 # that takes no new names, a file system that cannot.
 NO_RENAME = {errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS}
 
+PROJECT_DIR = Path(__file__).resolve().parent.parent
+
 
 def sync(descriptor: int) -> None:
     """Wait until what was written to an open file is on the disk."""
@@ -207,3 +209,14 @@ def write_over(descriptor: int, content: bytes) -> None:
         written += os.pwrite(descriptor, content[written:], written)
     os.ftruncate(descriptor, len(content))
     sync(descriptor)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path` so that a crash leaves the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        sync(file.fileno())
+    temporary.replace(path)
+    fsync(path.parent)

@@ -7,27 +7,18 @@ Nothing else in the project reads the environment, except Gradio for its own var
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-PROJECT_DIR = Path(__file__).resolve().parent.parent
+from mochi_app.files import PROJECT_DIR
+
 ENV_PREFIX = "MOCHI_"
-PACKAGED_DEFAULTS = Path(__file__).resolve().parent / "defaults" / "genmo--mochi-1-preview.json"
 
 
 class SettingsError(ValueError):
@@ -395,23 +386,6 @@ class Settings(BaseSettings):
         return self.model if self.model_dir is None else self.model_dir.name
 
 
-class ModelDefaults(BaseModel):
-    """What a model likes to be asked: sizes in pixels, length in frames, and its limits."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    height: int = Field(ge=64, multiple_of=16)
-    width: int = Field(ge=64, multiple_of=16)
-    num_frames: int = Field(ge=7)
-    fps: int = Field(ge=1, le=120)
-    guidance_scale: float = Field(ge=0, le=20, allow_inf_nan=False)
-    max_height: int = Field(ge=64, multiple_of=16)
-    max_width: int = Field(ge=64, multiple_of=16)
-    max_num_frames: int = Field(ge=7)
-    notice: str | None = None
-    examples: tuple[str, ...] = ()
-
-
 def load_settings(**overrides: Any) -> Settings:
     """Read the environment once; keyword arguments win over it.
 
@@ -428,31 +402,3 @@ def load_settings(**overrides: Any) -> Settings:
             given = "…" if item["loc"][:1] == ("api_token",) else repr(item["input"])
             lines.append(f"{name}={given}: {expected}")
         raise SettingsError("; ".join(lines)) from None
-
-
-def load_model_defaults(settings: Settings) -> ModelDefaults:
-    """Defaults of the model: the environment, else the model's folder, else the packaged file.
-
-    Raises:
-        SettingsError: a file is not valid, or a default lies outside the model's limits.
-    """
-    path = PACKAGED_DEFAULTS
-    if settings.model_dir is not None and (settings.model_dir / "mochi_defaults.json").is_file():
-        path = settings.model_dir / "mochi_defaults.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("expected a JSON object")
-        names = ("height", "width", "num_frames", "fps", "guidance_scale")
-        chosen = {name: value for name in names if (value := getattr(settings, name)) is not None}
-        defaults = ModelDefaults.model_validate(values | chosen)
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"model defaults in {path}: {error}") from error
-    for name in ("height", "width", "num_frames"):
-        value, most = getattr(defaults, name), getattr(defaults, f"max_{name}")
-        if value > most or (name == "num_frames" and value % 6 != 1):
-            what = "6k+1, " if name == "num_frames" else ""
-            raise SettingsError(
-                f"{ENV_PREFIX}{name.upper()}={value}: expected {what}at most {most}"
-            )
-    return defaults

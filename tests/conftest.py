@@ -12,18 +12,13 @@ from typing import Any
 
 import pytest
 
-from mochi_app.engine.pool import Pool
-from mochi_app.engine.slot import Slot
-from mochi_app.history import History
-from mochi_app.media import MediaStore
-from mochi_app.settings import (
-    ModelDefaults,
-    Settings,
-    load_model_defaults,
-    load_settings,
-    parse_slots,
-)
-from mochi_app.studio import Studio
+from mochi_app.model_defaults import ModelDefaults, load_model_defaults
+from mochi_app.settings import Settings, load_settings, parse_slots
+from mochi_app.slots.pool import Pool
+from mochi_app.slots.slot import Slot
+from mochi_app.store.history import History
+from mochi_app.store.media import MediaStore
+from mochi_app.studio.studio import Studio
 
 DEADLINE = 30.0  # seconds; a test that waits longer has failed
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from mochi_app.settings import PROJECT_DIR
+from mochi_app.files import PROJECT_DIR
 from tests.serving import poll
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin") or "nginx"

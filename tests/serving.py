@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 from gradio_client import Client
 
-from mochi_app.settings import PROJECT_DIR
+from mochi_app.files import PROJECT_DIR
 
 DEADLINE = 60.0  # seconds
 

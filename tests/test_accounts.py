@@ -15,7 +15,7 @@ import pytest
 
 from mochi_app import accounts, files
 from mochi_app.accounts import Account, Accounts, AccountsError, PasswordHash
-from mochi_app.settings import PROJECT_DIR
+from mochi_app.files import PROJECT_DIR
 from tests.serving import Served, poll
 
 SALT = b"salt of a test"

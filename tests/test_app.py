@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from mochi_app.media import read_metadata
-from mochi_app.settings import PROJECT_DIR
+from mochi_app.files import PROJECT_DIR
+from mochi_app.store.metadata import read_metadata
 from tests.conftest import alive
 from tests.serving import Refusal, Served, free_port, poll
 

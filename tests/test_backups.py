@@ -19,12 +19,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mochi_app import backups, recovery
-from mochi_app.backups import Backups, list_backups, make_backup, rotate
 from mochi_app.engine import encode
-from mochi_app.history import History, HistoryError, HistoryLocked
+from mochi_app.errors import HistoryError
 from mochi_app.jobs import Job, JobStatus
-from mochi_app.recovery import main, restore
+from mochi_app.store import adopt, backups
+from mochi_app.store import restore as recovery
+from mochi_app.store.__main__ import main
+from mochi_app.store.backups import Backups, list_backups, make_backup, rotate
+from mochi_app.store.history import History
+from mochi_app.store.lock import HistoryLocked
+from mochi_app.store.restore import restore
 from tests.conftest import eventually
 from tests.test_history import completed, job_id, make
 
@@ -405,9 +409,9 @@ class TestRestore:
             "num_inference_steps": 8, "guidance_scale": 4.5, "height": 64, "width": 64,
             "num_frames": 7, "fps": 12, "schedule": "linear_quadratic", "lora_scale": 1.0,
         }  # fmt: skip
-        assert recovery.rebuilt(job_id(1), good, 2.0).completed_processing_at == 2.0
+        assert adopt.rebuilt(job_id(1), good, 2.0).completed_processing_at == 2.0
         with pytest.raises(ValueError, match=told):
-            recovery.rebuilt(job_id(1), good | metadata, 2.0)
+            adopt.rebuilt(job_id(1), good | metadata, 2.0)
 
     async def test_a_torn_video_stays_where_it_is(self, data: Path) -> None:
         await keep(data, make(1))

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from mochi_app.engine import checkpoint, pipeline
+from mochi_app.engine import checkpoint, start
 from mochi_app.engine.checkpoint import Checkpoint, Trail
 from mochi_app.engine.group import Ranks
 from mochi_app.engine.loading import Precision, open_pipeline
-from mochi_app.engine.messages import Configure, JobEvent, Message, Resumed, Run, Stage, Step
 from mochi_app.engine.pipeline import Engine, Result
+from mochi_app.messages import Configure, JobEvent, Message, Resumed, Run, Stage, Step
 from tests.ranks import run_ranks
 from tests.test_lora import write_lora
 
@@ -54,7 +54,7 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(loras: Path) -> Iterator[Engine]:
     threads = torch.get_num_threads()
     config = replace(CONFIG, threads=1, lora_dir=str(loras), scratch=str(loras))
-    yield pipeline.load(config, lambda message: None)
+    yield start.load(config, lambda message: None)
     torch.set_num_threads(threads)
 
 
@@ -250,7 +250,7 @@ def test_a_checkpoint_of_other_weights_or_types_is_another(tmp_path: Path) -> No
     assert checkpoint.fingerprint(model) != before
     small, exact = torch.bfloat16, torch.float32
     types = [(exact, exact, exact), (small, exact, exact), (exact, small, exact)]
-    assert len({str(pipeline.precision_facts(Precision(*each))) for each in types}) == 3
+    assert len({str(start.precision_facts(Precision(*each))) for each in types}) == 3
 
 
 def test_a_run_on_more_threads_begins_anew(engine: Engine, request_: Run) -> None:
@@ -421,7 +421,7 @@ def test_a_cached_engine_has_no_checkpoints(engine: Engine, tmp_path: Path) -> N
     """A cache is carried from step to step, and no checkpoint has it."""
     assert engine._facts is not None
     config = replace(CONFIG, threads=1, cache_threshold=0.1, scratch=str(tmp_path))
-    cached = pipeline.load(config, lambda message: None)
+    cached = start.load(config, lambda message: None)
     assert cached._facts is None
 
 

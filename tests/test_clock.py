@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from mochi_app.backups import Backups, list_backups
 from mochi_app.jobs import Job, JobIds, JobStatus
-from mochi_app.studio import Studio
+from mochi_app.store.backups import Backups, list_backups
+from mochi_app.studio.studio import Studio
 from tests.conftest import close_studio, eventually
 from tests.test_metrics import samples
 

@@ -14,7 +14,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from mochi_app.settings import PROJECT_DIR
+from mochi_app.files import PROJECT_DIR
 from mochi_app.web import connections
 from mochi_app.web.connections import Connection
 from tests.conftest import DEADLINE, eventually

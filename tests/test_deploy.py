@@ -13,7 +13,7 @@ from playwright import sync_api
 from playwright.sync_api import Browser, expect
 
 from mochi_app import accounts
-from mochi_app.settings import PROJECT_DIR
+from mochi_app.files import PROJECT_DIR
 from tests import proxies
 from tests.proxies import CADDY, NGINX, PREFIX, needs
 from tests.serving import DEADLINE, Served, free_port

@@ -23,16 +23,19 @@ from starlette.types import Message, Receive, Scope, Send
 
 import app
 from mochi_app import accounts, logs
-from mochi_app.accounts import Account, Accounts, AccountsError, Caller, PasswordHash
-from mochi_app.engine.pool import Pool
-from mochi_app.history import History
-from mochi_app.jobs import NotYours
-from mochi_app.media import MediaStore
+from mochi_app.accounts import Account, Accounts, AccountsError, PasswordHash
+from mochi_app.callers import Caller
+from mochi_app.request import NotYours
 from mochi_app.settings import Settings, SettingsError, load_settings
-from mochi_app.studio import Studio
-from mochi_app.tickets import SECRET_HEADER
-from mochi_app.web import doors, guards
-from mochi_app.web.doors import Doors, Throttle
+from mochi_app.slots.pool import Pool
+from mochi_app.store.history import History
+from mochi_app.store.media import MediaStore
+from mochi_app.studio.studio import Studio
+from mochi_app.web import auth as doors
+from mochi_app.web import middleware as guards
+from mochi_app.web.auth import Doors
+from mochi_app.web.throttle import Throttle, address_of
+from mochi_app.web.tickets import SECRET_HEADER
 from tests.conftest import eventually, fake_engine, quick_settings, tiny_defaults
 from tests.serving import Served
 
@@ -179,7 +182,7 @@ def test_many_addresses_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPa
 )
 def test_an_address_is_a_client(host: str | None, address: str) -> None:
     scope = {"type": "http", "client": host and (host, 1)}
-    assert doors.address_of(HTTPConnection(scope)) == address
+    assert address_of(HTTPConnection(scope)) == address
 
 
 # Cookies, tokens, tickets

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mochi_app.engine import encode
 from mochi_app.engine.encode import EncodeError, Frames
-from mochi_app.media import dump_ffmetadata, parse_ffmetadata, read_metadata
+from mochi_app.store.metadata import dump_ffmetadata, parse_ffmetadata, read_metadata
 
 ROOT = Path(__file__).resolve().parent.parent
 

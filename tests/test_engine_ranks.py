@@ -14,9 +14,9 @@ import torch
 
 from mochi_app.engine.group import Ranks
 from mochi_app.engine.loading import Precision, open_pipeline
-from mochi_app.engine.messages import Message, Run, Step
 from mochi_app.engine.parallel import LayoutError
 from mochi_app.engine.pipeline import Engine, Result
+from mochi_app.messages import Message, Run, Step
 from tests.ranks import run_ranks
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny-mochi"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from mochi_app.studio import Studio
+from mochi_app.studio.studio import Studio
 from mochi_app.web import events, routes
 from mochi_app.web.events import EventFeed, Wanted
 from tests.conftest import eventually

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from mochi_app import filing
 from mochi_app.jobs import JobStatus
-from mochi_app.media import MediaStore
-from mochi_app.studio import Studio
+from mochi_app.store.media import MediaStore
+from mochi_app.studio import filing
+from mochi_app.studio.studio import Studio
 from tests.conftest import eventually
 from tests.test_studio import ended
 

@@ -9,8 +9,9 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mochi_app.web import forms
-from mochi_app.web.guards import BoundedBody
+from mochi_app.web import auth
+from mochi_app.web import login as forms
+from mochi_app.web.middleware import BoundedBody
 
 MULTIPART = "multipart/form-data; boundary=x"
 
@@ -24,7 +25,7 @@ def asked() -> TestClient:
     async def log_in(request: Request) -> object:
         try:
             return await forms.read_form(request)
-        except forms.LoginRefused as refused:
+        except auth.LoginRefused as refused:
             return JSONResponse({"detail": str(refused)}, refused.status)
 
     return TestClient(app, raise_server_exceptions=True)

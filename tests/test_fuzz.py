@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from starlette.requests import HTTPConnection
 
-from mochi_app import accounts
+from mochi_app import accounts, messages
 from mochi_app.accounts import Account, AccountsError, PasswordHash
-from mochi_app.engine import messages
-from mochi_app.jobs import GenerationRequest, RequestError
-from mochi_app.media import parse_ffmetadata
-from mochi_app.settings import ModelDefaults, load_settings
-from mochi_app.web import doors, forms, guards
+from mochi_app.model_defaults import ModelDefaults
+from mochi_app.request import GenerationRequest, RequestError
+from mochi_app.settings import load_settings
+from mochi_app.store.metadata import parse_ffmetadata
+from mochi_app.web import auth as doors
+from mochi_app.web import login as forms
+from mochi_app.web import middleware as guards
 from tests.serving import Served
 
 TOKEN = "the token of the fuzzing machine"

@@ -31,11 +31,11 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLMochi, MochiPipeline, MochiTransformer3DModel
 
-from mochi_app.engine.costs import GB, TRANSFORMER
 from mochi_app.engine.group import PATIENCE, Ranks
 from mochi_app.engine.loading import Precision, open_pipeline
 from mochi_app.engine.parallel import parallelize
 from mochi_app.engine.pipeline import Engine
+from mochi_app.engine.plan.costs import GB, TRANSFORMER
 from tests import test_decode, test_engine_ranks, test_parallel, test_pipeline
 from tests.benchmarks.random_models import layers_that_fit, random_inputs, random_transformer
 from tests.ranks import run_ranks

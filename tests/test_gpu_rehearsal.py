@@ -11,9 +11,9 @@ from unittest import mock
 import pytest
 import torch
 
-from mochi_app.engine.costs import GB, TRANSFORMER
-from mochi_app.engine.fit import read_config
 from mochi_app.engine.group import Ranks
+from mochi_app.engine.plan.costs import GB, TRANSFORMER
+from mochi_app.engine.plan.fit import read_config
 from tests import test_decode, test_engine_ranks, test_gpu, test_parallel
 from tests.benchmarks.random_models import layers_that_fit
 from tests.ranks import run_ranks, seeing

@@ -24,18 +24,16 @@ from typing import Any
 
 import pytest
 
-from mochi_app import history as history_module
-from mochi_app import record_store
-from mochi_app.history import (
-    History,
-    HistoryError,
-    HistoryLocked,
-    JobPage,
-    JobQuery,
-    RecordDisk,
-)
-from mochi_app.job_index import words
-from mochi_app.jobs import Conflict, Job, JobIds, JobStatus, NotFound, RequestError
+from mochi_app.errors import HistoryError
+from mochi_app.jobs import Job, JobIds, JobStatus
+from mochi_app.request import Conflict, NotFound, RequestError
+from mochi_app.store import checks
+from mochi_app.store import database as record_store
+from mochi_app.store import history as history_module
+from mochi_app.store.checks import RecordDisk
+from mochi_app.store.history import History
+from mochi_app.store.job_index import JobPage, JobQuery, words
+from mochi_app.store.lock import HistoryLocked
 from tests.conftest import eventually
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -694,7 +692,7 @@ class TestWriteErrors:
     ) -> None:
         write = record_store.RecordStore.write
 
-        def made_and_failed(store: record_store.RecordStore, rows: record_store.Rows) -> None:
+        def made_and_failed(store: record_store.RecordStore, rows: checks.Rows) -> None:
             write(store, rows)
             raise HistoryError("the disk did not say so")
 
@@ -756,7 +754,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Holds every commit back until the event is set."""
     go, write = threading.Event(), record_store.RecordStore.write
 
-    def held(store: record_store.RecordStore, rows: record_store.Rows) -> None:
+    def held(store: record_store.RecordStore, rows: checks.Rows) -> None:
         assert go.wait(10)
         write(store, rows)
 

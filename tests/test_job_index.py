@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from mochi_app.job_index import JobIndex, JobQuery
 from mochi_app.jobs import Job, JobStatus
+from mochi_app.store.job_index import JobIndex, JobQuery
 
 SHAPES = ("circle", "square", "triangle", "ring")
 

@@ -10,23 +10,27 @@ from typing import Any
 
 import pytest
 
-from mochi_app import jobs
 from mochi_app.engine.schedule import SCHEDULES
 from mochi_app.jobs import (
     JOB_FIELDS,
     NEXT,
     REQUEST_FIELDS,
     SCHEMA,
-    Conflict,
-    GenerationRequest,
     Job,
     JobIds,
     JobStatus,
-    NotFound,
-    RequestError,
     parse_job_id,
 )
-from mochi_app.settings import ModelDefaults
+from mochi_app.model_defaults import ModelDefaults
+from mochi_app.request import (
+    MAX_STEPS,
+    MIN_STEPS,
+    SCHEDULE_STEPS,
+    Conflict,
+    GenerationRequest,
+    NotFound,
+    RequestError,
+)
 
 DEFAULTS = ModelDefaults(
     height=480,
@@ -345,14 +349,14 @@ class TestJobIds:
 
 class TestSchedulesAndLoras:
     def test_the_steps_of_each_schedule_are_those_that_it_can_be_walked_in(self) -> None:
-        assert set(jobs.SCHEDULE_STEPS) == set(SCHEDULES)
+        assert set(SCHEDULE_STEPS) == set(SCHEDULES)
         for name, schedule in SCHEDULES.items():
             walked = []
-            for steps in range(jobs.MIN_STEPS, jobs.MAX_STEPS + 1):
+            for steps in range(MIN_STEPS, MAX_STEPS + 1):
                 with contextlib.suppress(ValueError):
                     schedule.sigmas(steps)
                     walked.append(steps)
-            least, most = jobs.SCHEDULE_STEPS[name]
+            least, most = SCHEDULE_STEPS[name]
             assert walked == list(range(least, most + 1))
 
     @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from mochi_app.tickets import SECRET_HEADER
-from mochi_app.web import limits
-from mochi_app.web.doors import address_of
-from mochi_app.web.limits import (
+from mochi_app.web import unread as limits
+from mochi_app.web.gradio_queue import MOST_SESSIONS
+from mochi_app.web.throttle import address_of
+from mochi_app.web.tickets import SECRET_HEADER
+from mochi_app.web.unread import (
     MOST_UNREAD,
     UNREAD_SECONDS,
     StreamLimits,
@@ -23,7 +24,6 @@ from mochi_app.web.limits import (
     UnreadPosts,
     event_id_in,
 )
-from mochi_app.web.queue import MOST_SESSIONS
 
 DOORS = (
     "/gradio_api/call/list_jobs",

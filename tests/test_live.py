@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mochi_app.live import is_news
+from mochi_app.studio.live import is_news
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mochi_app.engine import costs, fit
-from mochi_app.engine.loading import LoadError, Precision, Room, warn_of_rounding
-from mochi_app.engine.messages import Configure
+from mochi_app.engine.gpu_memory import Room
+from mochi_app.engine.loading import LoadError, Precision, warn_of_rounding
+from mochi_app.engine.plan import costs, fit
+from mochi_app.messages import Configure
 
 CUDA = torch.device("cuda")
 FOUR_GPUS = Configure(

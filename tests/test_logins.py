@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mochi_app import logins
-from mochi_app.logins import EndedLogins
 from mochi_app.settings import SettingsError
+from mochi_app.store import logins
+from mochi_app.store.logins import EndedLogins
 
 SOON = 4e9  # seconds since 1970: by any clock of this century in the future
 

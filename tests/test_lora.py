@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from mochi_app.engine.group import Ranks
 from mochi_app.engine.lora import LoraShelf
-from mochi_app.engine.messages import Run
 from mochi_app.engine.parallel import parallelize
 from mochi_app.engine.pipeline import Engine
 from mochi_app.loras import LoraError, lora_file, lora_names
+from mochi_app.messages import Run
 from tests.ranks import run_ranks
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny-mochi"

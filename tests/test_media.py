@@ -15,10 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mochi_app import media
+from mochi_app import files
 from mochi_app.engine import encode
-from mochi_app.jobs import JobIds, RequestError
-from mochi_app.media import FOLDERS, MediaError, MediaStore, Swept, read_metadata
+from mochi_app.errors import MediaError
+from mochi_app.jobs import JobIds
+from mochi_app.request import RequestError
+from mochi_app.store import media, metadata
+from mochi_app.store.media import FOLDERS, MediaStore, Swept
+from mochi_app.store.metadata import parse_ffmetadata, read_metadata
 
 ROOT = Path(__file__).resolve().parent.parent
 IDS = JobIds()
@@ -78,7 +82,7 @@ def test_the_steps_come_in_the_durable_order(
     job_id = IDS.draw()
     names = produce(store, job_id)
     steps: list[tuple[str, str]] = []
-    replace, fsync = os.replace, media.fsync
+    replace, fsync = os.replace, files.fsync
 
     def record_replace(source: Path, target: Path) -> None:
         steps.append(("replace", target.suffix))
@@ -232,7 +236,7 @@ def test_an_evicted_video_leaves_its_poster(store: MediaStore) -> None:
 
 
 def test_the_web_process_needs_no_torch() -> None:
-    code = "import sys, mochi_app.media; sys.exit(bool({'torch', 'diffusers'} & set(sys.modules)))"
+    code = "import sys, mochi_app.store.media; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
 
 
@@ -300,7 +304,7 @@ def test_a_reader_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
     sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
     sleeper.chmod(0o755)
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(sleeper))
-    monkeypatch.setattr(media, "READ_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(metadata, "READ_TIMEOUT_SECONDS", 0.2)
     with pytest.raises(MediaError, match=r"not read within 0\.2 s"):
         read_metadata(sleeper)
 
@@ -313,7 +317,7 @@ def test_escaped_tags_are_read_as_they_were(tags: dict[str, str]) -> None:
     tags = {key: value for key, value in tags.items() if key[0] not in ";#["}
     lines = [f"{escaped(key)}={escaped(value)}\n" for key, value in tags.items()]
     text = ";FFMETADATA1\n# a comment=no\n" + "".join(lines) + "[CHAPTER]\ntitle=chapter\n"
-    assert media.parse_ffmetadata(text) == tags
+    assert parse_ffmetadata(text) == tags
 
 
 def test_a_checkpoint_is_timed_removed_and_swept_by_its_job(store: MediaStore) -> None:

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from mochi_app.engine import rank
-from mochi_app.studio import Studio
+from mochi_app.studio.studio import Studio
 from tests.conftest import eventually
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mochi_app.opened import Opened, leads_to
+from mochi_app.store.opened import Opened, leads_to
 
 
 @pytest.fixture

@@ -17,10 +17,13 @@ import torch
 from diffusers import FirstBlockCacheConfig, MochiPipeline
 from PIL import Image
 
-from mochi_app.engine import pipeline
+from mochi_app.engine import pipeline, previews, start
+from mochi_app.engine.gpu_memory import Room
 from mochi_app.engine.group import Ranks
-from mochi_app.engine.loading import LoadError, Precision, Room
-from mochi_app.engine.messages import (
+from mochi_app.engine.loading import LoadError, Precision
+from mochi_app.engine.pipeline import Engine, Result, TooLarge
+from mochi_app.engine.previews import LatentColours
+from mochi_app.messages import (
     Configure,
     JobEvent,
     Latent,
@@ -31,7 +34,6 @@ from mochi_app.engine.messages import (
     Step,
     Tiles,
 )
-from mochi_app.engine.pipeline import Engine, LatentColours, Result, TooLarge
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny-mochi"
 SCRATCH = tempfile.TemporaryDirectory()
@@ -85,7 +87,7 @@ def told() -> list[Message]:
 @pytest.fixture(scope="module")
 def engine(told: list[Message]) -> Iterator[Engine]:
     threads = torch.get_num_threads()
-    yield pipeline.load(replace(CONFIG, threads=1), told.append)
+    yield start.load(replace(CONFIG, threads=1), told.append)
     torch.set_num_threads(threads)
 
 
@@ -309,7 +311,7 @@ def test_pictures_of_the_run_are_small_and_rare(engine: Engine) -> None:
     result = engine.run(replace(REQUEST, num_inference_steps=12), events.append, never)
     assert result is not None
     pictures = [event for event in events if isinstance(event, Latent)]
-    assert 1 <= len(pictures) <= 1 + result.seconds["denoise"] / pipeline.PICTURE_SECONDS
+    assert 1 <= len(pictures) <= 1 + result.seconds["denoise"] / previews.PICTURE_SECONDS
     head, _, data = pictures[0].image.partition(",")
     assert head == "data:image/webp;base64"
     assert len(data) < 16_000
@@ -328,7 +330,7 @@ def test_a_picture_is_at_most_160_pixels_wide() -> None:
 def test_the_forecast_of_a_straight_path_is_its_end() -> None:
     noise, video = torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(0))
     here, there = ((1 - sigma) * noise + sigma * video for sigma in (0.1, 0.3))
-    end = pipeline.forecast(here, there, torch.tensor([0.1, 0.3]))
+    end = previews.forecast(here, there, torch.tensor([0.1, 0.3]))
     assert torch.allclose(end, video, atol=1e-5)
 
 
@@ -347,7 +349,7 @@ def test_a_model_that_yields_nan_does_not_load(
         pipe.transformer.proj_out.bias.fill_(float("nan"))
     monkeypatch.setattr(pipeline, "open_pipeline", lambda *given, **more: pipe)
     with pytest.raises(ArithmeticError, match="not finite"):
-        pipeline.load(CONFIG, ignore)
+        start.load(CONFIG, ignore)
 
 
 def test_a_slot_that_cannot_write_a_video_does_not_load(
@@ -356,7 +358,7 @@ def test_a_slot_that_cannot_write_a_video_does_not_load(
     monkeypatch.setattr(pipeline, "open_pipeline", lambda *given, **more: pipe)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        pipeline.load(replace(CONFIG, scratch=str(tmp_path / "file")), ignore)
+        start.load(replace(CONFIG, scratch=str(tmp_path / "file")), ignore)
 
 
 @pytest.mark.parametrize(
@@ -373,13 +375,13 @@ def test_a_slot_that_cannot_write_a_video_does_not_load(
 )
 def test_what_cannot_be_loaded_says_what_was_expected(change: dict[str, Any], message: str) -> None:
     with pytest.raises(LoadError, match=message):
-        pipeline.load(replace(CONFIG, **change), ignore)
+        start.load(replace(CONFIG, **change), ignore)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_missing_gpu_is_said() -> None:
     with pytest.raises(LoadError, match="sees no GPU"):
-        pipeline.load(replace(CONFIG, device="cuda"), ignore)
+        start.load(replace(CONFIG, device="cuda"), ignore)
 
 
 def test_bfloat16_takes_the_bfloat16_files_if_there_are_any(
@@ -392,11 +394,11 @@ def test_bfloat16_takes_the_bfloat16_files_if_there_are_any(
     pipe.to(torch.bfloat16).save_pretrained(tmp_path, variant="bf16")
     assert list(tmp_path.glob("transformer/*.bf16.safetensors"))
     small = replace(CONFIG, dtype="bfloat16", text_dtype="bfloat16")
-    plain = pipeline.load(small, ignore)
+    plain = start.load(small, ignore)
     frequencies = plain._pipe.transformer.pos_frequencies
     assert torch.equal(frequencies, exact)
     assert "rotary" not in caplog.text
-    engine = pipeline.load(replace(small, model=str(tmp_path)), ignore)
+    engine = start.load(replace(small, model=str(tmp_path)), ignore)
     assert torch.equal(engine._pipe.transformer.pos_frequencies, rounded)
     assert caplog.text.count("rotary frequencies") == 1
     frequencies.data = rounded
@@ -435,8 +437,8 @@ def test_bfloat16_weights_stay_closer_to_float32_than_a_bfloat16_pipeline() -> N
     request = replace(
         REQUEST, num_inference_steps=32, guidance_scale=4.5, height=96, width=96, num_frames=31
     )
-    exact = frames_of(pipeline.load(CONFIG, ignore), request).frames
-    ours = frames_of(pipeline.load(replace(CONFIG, dtype="bfloat16"), ignore), request).frames
+    exact = frames_of(start.load(CONFIG, ignore), request).frames
+    ours = frames_of(start.load(replace(CONFIG, dtype="bfloat16"), ignore), request).frames
     stock = MochiPipeline.from_pretrained(TINY, dtype=torch.bfloat16)
     stock.set_progress_bar_config(disable=True)
     plain = stock_frames(stock, request)

@@ -25,9 +25,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5EncoderModel
 
-from mochi_app.engine import costs, fit, parallel, plan
-from mochi_app.engine.costs import LiveBytes
-from mochi_app.engine.fit import FitError, PlanError, Setting
+from mochi_app.engine import parallel
+from mochi_app.engine.plan import __main__ as plan
+from mochi_app.engine.plan import costs, fit
+from mochi_app.engine.plan.costs import LiveBytes
+from mochi_app.engine.plan.fit import FitError, PlanError, Setting
 
 TINY = str(Path(__file__).parents[1] / "assets" / "tiny-mochi")
 MESHES = [(1, 1), (2, 1), (1, 2), (1, 3), (2, 2), (2, 3), (1, 4), (2, 4)]

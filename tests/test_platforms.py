@@ -71,7 +71,7 @@ def test_two_ranks_meet(serve: Callable[..., Served]) -> None:
 
 CHILD = """
 import subprocess, sys, time
-from mochi_app.engine.lifeline import die_with_parent
+from mochi_app.child_process import die_with_parent
 die_with_parent()
 print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
 time.sleep(60)

@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from mochi_app.engine.pool import Pool
-from mochi_app.engine.provision import types_of
+from mochi_app.slots.pool import Pool
+from mochi_app.weights.provision import types_of
 from tests.conftest import eventually, quick_settings
 from tests.hub import REPO, Fault, Hub, folder_files
 from tests.serving import Served, poll

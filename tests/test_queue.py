@@ -11,8 +11,8 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from mochi_app.web import queue as module
-from mochi_app.web.queue import MOST_EVENTS, MOST_MESSAGES, StudioQueue, use_studio_queue
+from mochi_app.web import gradio_queue as module
+from mochi_app.web.gradio_queue import MOST_EVENTS, MOST_MESSAGES, StudioQueue, use_studio_queue
 from tests.conftest import eventually
 
 

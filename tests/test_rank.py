@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from mochi_app.engine.encode import MAX_COMMENT_BYTES, EncodeError
-from mochi_app.engine.messages import (
+from mochi_app.engine.rank import disk_full
+from mochi_app.jobs import JobIds
+from mochi_app.messages import (
     MAX_LINE_BYTES,
     Cancel,
     Cancelled,
@@ -35,8 +37,6 @@ from mochi_app.engine.messages import (
     decode,
     encode,
 )
-from mochi_app.engine.rank import disk_full
-from mochi_app.jobs import JobIds
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-mochi"
@@ -48,7 +48,7 @@ import hashlib, sys, time
 import numpy as np
 from types import SimpleNamespace
 from mochi_app.engine import rank
-from mochi_app.engine.messages import Stage, Step
+from mochi_app.messages import Stage, Step
 
 
 class AcceleratorError(RuntimeError):

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from pydantic.fields import FieldInfo
 
-from mochi_app.settings import ENV_PREFIX, PROJECT_DIR, Settings
+from mochi_app.files import PROJECT_DIR
+from mochi_app.settings import ENV_PREFIX, Settings
 from tests.faults.__main__ import table as fault_table
 from tests.serving import Served
 

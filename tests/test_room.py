@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from mochi_app import runs
-from mochi_app import studio as module
-from mochi_app.jobs import Job, JobStatus, RequestError
-from mochi_app.media import MediaStore
-from mochi_app.room import MARGIN, size, video_bytes
-from mochi_app.studio import Studio
+from mochi_app.jobs import Job, JobStatus
+from mochi_app.request import RequestError
+from mochi_app.store.media import MediaStore
+from mochi_app.studio import runs
+from mochi_app.studio import studio as module
+from mochi_app.studio.disk_space import MARGIN, size, video_bytes
+from mochi_app.studio.studio import Studio
 from tests.conftest import eventually
 from tests.test_studio import ended, running
 

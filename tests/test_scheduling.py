@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from mochi_app.jobs import Job
-from mochi_app.scheduling import PATIENCE, Speeds, next_job, patience, places
 from mochi_app.settings import Patience
+from mochi_app.studio.scheduling import PATIENCE, Speeds, next_job, patience, places
 
 
 def job(name: str, *, at: float = 0.0, steps: int = 8, guidance_scale: float = 4.5) -> Job:

@@ -9,15 +9,8 @@ from typing import Any
 
 import pytest
 
-from mochi_app.settings import (
-    PACKAGED_DEFAULTS,
-    Settings,
-    SettingsError,
-    SlotSpec,
-    load_model_defaults,
-    load_settings,
-    parse_slots,
-)
+from mochi_app.model_defaults import PACKAGED_DEFAULTS, load_model_defaults
+from mochi_app.settings import Settings, SettingsError, SlotSpec, load_settings, parse_slots
 
 GOOD_DEFAULTS = {
     "height": 128,

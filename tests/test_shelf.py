@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from mochi_app.accounts import Caller
-from mochi_app.jobs import Conflict, Job, JobStatus, NotFound
-from mochi_app.studio import Studio
+from mochi_app.callers import Caller
+from mochi_app.jobs import Job, JobStatus
+from mochi_app.request import Conflict, NotFound
+from mochi_app.studio.studio import Studio
 from tests.conftest import eventually
 
 MakeStudio = Callable[..., Awaitable[Studio]]

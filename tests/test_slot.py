@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from mochi_app.engine import messages, rank_process
-from mochi_app.engine import slot as slot_module
-from mochi_app.engine.messages import JobEvent, Run
-from mochi_app.engine.slot import JobCancelled, JobFailed, Slot, SlotDied, SlotState
+from mochi_app import child_process, messages
+from mochi_app.messages import JobEvent, Run
 from mochi_app.settings import Patience
+from mochi_app.slots import rank_process
+from mochi_app.slots import slot as slot_module
+from mochi_app.slots.slot import JobCancelled, JobFailed, Slot, SlotDied, SlotState
 from tests.conftest import alive, eventually
 
 MakeSlot = Callable[..., Slot]
@@ -255,7 +256,7 @@ async def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
         "import asyncio, sys\n"
         "from pathlib import Path\n"
         "from tests.conftest import quick_settings, fake_engine\n"
-        "from mochi_app.engine.slot import Slot\n"
+        "from mochi_app.slots.slot import Slot\n"
         "async def main():\n"
         "    settings, scratch = quick_settings(), Path(sys.argv[1])\n"
         "    slot = Slot(0, settings.slots[0], settings, scratch, command=fake_engine())\n"
@@ -329,7 +330,7 @@ async def test_the_death_of_a_rank_counts_though_its_status_is_late(
     wait = rank_process.RankProcess.wait
 
     async def late(rank: rank_process.RankProcess, timeout: float | None = None) -> int | None:
-        if timeout == rank_process.EXIT_GRACE and rank.rank == 1:
+        if timeout == child_process.EXIT_GRACE and rank.rank == 1:
             await eventually(lambda: not alive(peer) or (slot._outcome and slot._outcome.done()))
         return await wait(rank, timeout)
 
@@ -403,7 +404,7 @@ async def test_the_first_rank_that_is_lost_gives_the_reason(
     wait = rank_process.RankProcess.wait
 
     async def late(rank: rank_process.RankProcess, timeout: float | None = None) -> int | None:
-        if timeout == rank_process.EXIT_GRACE and rank.rank == 1:
+        if timeout == child_process.EXIT_GRACE and rank.rank == 1:
             await eventually(lambda: not alive(first) and not alive(last), "the peers' end", 10)
         return await wait(rank, timeout)
 

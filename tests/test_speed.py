@@ -20,10 +20,10 @@ from torch._dynamo.utils import counters
 from mochi_app.engine import speed
 from mochi_app.engine.group import Ranks
 from mochi_app.engine.loading import LoadError, Precision, open_pipeline
-from mochi_app.engine.messages import Configure, Message, Run, Step
 from mochi_app.engine.parallel import parallelize
 from mochi_app.engine.pipeline import Engine, Result
 from mochi_app.engine.speed import SpeedOptions
+from mochi_app.messages import Configure, Message, Run, Step
 from tests.ranks import run_ranks
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny-mochi"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mochi_app.settings import PROJECT_DIR
+from mochi_app.files import PROJECT_DIR
 from tests.serving import Served
 
 NO_TEMPORARY = "import tempfile\ntempfile._candidate_tempdir_list = lambda: ['/nowhere/tmp']\n"

@@ -9,7 +9,7 @@ import pytest
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mochi_app.web import stay
+from mochi_app.web import revocation as stay
 from tests.conftest import eventually
 
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from mochi_app import studio as studio_module
-from mochi_app.history import HistoryError
-from mochi_app.jobs import Conflict, Job, JobStatus, NotFound, RequestError
-from mochi_app.live import Live
-from mochi_app.room import video_bytes
-from mochi_app.scheduling import Speeds
-from mochi_app.studio import Studio
+from mochi_app.errors import HistoryError
+from mochi_app.jobs import Job, JobStatus
+from mochi_app.request import Conflict, NotFound, RequestError
+from mochi_app.studio import studio as studio_module
+from mochi_app.studio.disk_space import video_bytes
+from mochi_app.studio.live import Live
+from mochi_app.studio.scheduling import Speeds
+from mochi_app.studio.studio import Studio
 from tests.conftest import DEADLINE, close_studio, eventually
 
 MakeStudio = Callable[..., Awaitable[Studio]]
@@ -241,7 +242,7 @@ async def test_a_job_that_comes_further_each_time_is_no_poison(make_studio: Make
 async def test_a_job_that_comes_further_each_time_is_given_up_in_the_end(
     make_studio: MakeStudio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mochi_app.runs.MAX_ATTEMPTS", 3)
+    monkeypatch.setattr("mochi_app.studio.runs.MAX_ATTEMPTS", 3)
     studio = await make_studio(checkpoint_steps=4)
     job = await ended(studio, await studio.submit(prompt="kill on 6", num_inference_steps=17))
     assert job.status is JobStatus.FAILED

@@ -16,15 +16,17 @@ from typing import Any
 
 import pytest
 
-from mochi_app.accounts import Caller
-from mochi_app.backups import make_backup
-from mochi_app.jobs import Conflict, Job, JobStatus, NotYours, RequestError
-from mochi_app.record_store import JOB, RecordStore, Sentinel
-from mochi_app.recovery import restore
-from mochi_app.scheduling import next_job, places
-from mochi_app.settings import PROJECT_DIR
-from mochi_app.studio import Studio
-from mochi_app.suspects import HELD_DEATHS, outlived, released
+from mochi_app.callers import Caller
+from mochi_app.files import PROJECT_DIR
+from mochi_app.jobs import Job, JobStatus
+from mochi_app.request import Conflict, NotYours, RequestError
+from mochi_app.store.backups import make_backup
+from mochi_app.store.checks import JOB, Sentinel
+from mochi_app.store.database import RecordStore
+from mochi_app.store.restore import restore
+from mochi_app.studio.scheduling import next_job, places
+from mochi_app.studio.studio import Studio
+from mochi_app.studio.suspects import HELD_DEATHS, outlived, released
 from mochi_app.web.events import EventFeed, Wanted
 from tests.conftest import close_studio, eventually
 from tests.test_metrics import samples

@@ -8,9 +8,9 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 
-from mochi_app import tickets
-from mochi_app.pulse import Pulse
-from mochi_app.tickets import SECRET_HEADER, Tickets
+from mochi_app.changes import Pulse
+from mochi_app.web import tickets
+from mochi_app.web.tickets import SECRET_HEADER, Tickets
 from tests.conftest import eventually
 
 

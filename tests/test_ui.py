@@ -11,11 +11,11 @@ from typing import Any
 import gradio as gr
 import pytest
 
-from mochi_app.accounts import Caller
+from mochi_app.callers import Caller
 from mochi_app.jobs import JobStatus
-from mochi_app.studio import Studio
+from mochi_app.studio.studio import Studio
 from mochi_app.web import ui
-from mochi_app.web.doors import SCOPE_KEY
+from mochi_app.web.auth import SCOPE_KEY
 from tests.conftest import eventually
 
 WEB = Path(ui.__file__).parent

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from mochi_app.engine import hub_cache
-from mochi_app.engine.hub_cache import RemoteFile, Snapshot, explain_failure, hub_name
-from mochi_app.engine.weight_events import (
+from mochi_app.files import PROJECT_DIR
+from mochi_app.weights import hub_cache
+from mochi_app.weights.events import (
     Done,
     Event,
     Failure,
@@ -33,15 +33,16 @@ from mochi_app.engine.weight_events import (
     encode,
     progress_text,
 )
-from mochi_app.engine.weight_files import (
+from mochi_app.weights.explain import explain_failure, hub_name
+from mochi_app.weights.fetch import WEIGHTS_COMMAND, fetch_weights
+from mochi_app.weights.files import (
     PartTypes,
     check_folder,
     needed_files,
     safetensors_problem,
     weight_files,
 )
-from mochi_app.engine.weights import WEIGHTS_COMMAND, fetch_weights
-from mochi_app.settings import PROJECT_DIR
+from mochi_app.weights.snapshot import RemoteFile, Snapshot
 from tests.conftest import alive, eventually
 from tests.hub import REPO, Fault, Hub, folder_files
 
@@ -265,7 +266,7 @@ def test_a_failing_disk_is_told_with_what_to_do(number: int, words: str, retry: 
 
 def test_the_module_is_light() -> None:
     program = (
-        "import sys; import mochi_app.engine.weights as w; "
+        "import sys; import mochi_app.weights.__main__ as w; "
         "assert not {'huggingface_hub', 'pydantic', 'torch'} & set(sys.modules); "
         f"assert w.main(['--model', '{REPO}', '--dtype', 'float32']) == 0; "
         "assert 'huggingface_hub' in sys.modules; "
@@ -643,7 +644,7 @@ def pid_command(path: Path) -> tuple[str, ...]:
     """The command, in a process that leaves its id in a file."""
     program = (
         "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); "
-        "from mochi_app.engine.weights import main; sys.exit(main(sys.argv[2:]))"
+        "from mochi_app.weights.__main__ import main; sys.exit(main(sys.argv[2:]))"
     )
     return (sys.executable, "-c", program, str(path))
 
@@ -740,8 +741,8 @@ async def test_the_child_dies_with_its_parent(hub: Hub, tmp_path: Path) -> None:
     hub.pace = 1 * MB
     pid_file = tmp_path / "pid"
     program = (
-        "import asyncio, sys; from mochi_app.engine.weights import fetch_weights; "
-        "from mochi_app.engine.weight_files import PartTypes; "
+        "import asyncio, sys; from mochi_app.weights.fetch import fetch_weights; "
+        "from mochi_app.weights.files import PartTypes; "
         f"types, command = PartTypes(*3 * ['float32']), {pid_command(pid_file)!r}; "
         f"asyncio.run(fetch_weights({REPO!r}, types, print, command))"
     )

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mochi_app import recovery, xmp
+from mochi_app import xmp
 from mochi_app.engine import encode
-from mochi_app.media import (
-    MediaError,
+from mochi_app.errors import MediaError
+from mochi_app.store import restore as recovery
+from mochi_app.store.metadata import (
     dump_ffmetadata,
     parse_ffmetadata,
     read_metadata,

@@ -6,7 +6,7 @@ is torn, foreign or of another stamp is removed, and the run begins at its first
 safetensors, whose header has the stamp as JSON: reading it executes nothing. Imports no torch.
 
 It does not own when a checkpoint is due (`pipeline.py`) or when it is of no use any more
-(`studio.py`).
+(`studio/runs.py`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from mochi_app import __version__
-from mochi_app.engine.messages import Configure, Run
 from mochi_app.files import fsync, sync
+from mochi_app.messages import Configure, Run
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,8 @@
 """Frames to an H.264 MP4 and a WebP poster, with the request inside both.
 
 Owns the encoder's options and how metadata is put into the file. It does not own where files end
-up: `mochi_app.media` puts them in place and reads the metadata back. numpy in, files out; no torch.
+up: `store/media.py` puts them in place, and `store/metadata.py` reads the metadata back. numpy in,
+files out; no torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Read a pipeline's weights: which device, which types, which files; from a local folder.
 
 Owns the way from a folder to a `MochiPipeline` on its device. The folder is there before a rank
-starts: `weights.py` has downloaded it once for the whole machine. Running is `pipeline.py`'s.
+starts: `weights/` has downloaded it once for the whole machine. Running is `pipeline.py`'s.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from diffusers import AutoencoderKLMochi, MochiPipeline, MochiTransformer3DModel
 from safetensors import safe_open
 from transformers import T5EncoderModel
 
-from mochi_app.engine import fit
-from mochi_app.engine.messages import Configure
-from mochi_app.engine.weight_files import PartTypes, weight_files
+from mochi_app.messages import Configure
+from mochi_app.weights.files import PartTypes, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -77,61 +76,6 @@ def choose_attention(pipe: MochiPipeline, name: str) -> None:
         pipe.transformer.set_attention_backend(name)
     except (ValueError, ImportError, RuntimeError) as error:
         raise LoadError(f"attention {name!r}: {error}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """What fits the GPUs of a slot by its plan; `memory` of one in bytes."""
-
-    config: Configure
-    precision: Precision
-    memory: int
-
-    @property
-    def known(self) -> bool:
-        """Whether a plan can tell: not of offloaded or quantised weights, or without a size."""
-        usual = (self.config.offload, self.config.quantization) == ("none", "none")
-        return usual and self.config.height > 0
-
-    def check_start(self) -> None:
-        """Before anything is loaded.
-
-        Raises:
-            LoadError: the default video does not fit, with the plan's figures.
-        """
-        config = self.config
-        if problem := self._problem(config.height, config.width, config.num_frames):
-            advice = "more GPUs a slot, MOCHI_TEXT_DTYPE=bfloat16 or MOCHI_OFFLOAD=model may help"
-            raise LoadError(f"{problem}; {advice}")
-
-    def problem(self, height: int, width: int, num_frames: int) -> str:
-        """Why a video cannot be made here; empty when it can. One that is no larger than the
-        default one in any dimension can: the slot has started. More frames of fewer pixels may not,
-        because decoding needs memory by frames and the area of a tile."""
-        usual = (self.config.height, self.config.width, self.config.num_frames)
-        size = (height, width, num_frames)
-        if all(asked <= default for asked, default in zip(size, usual, strict=True)):
-            return ""
-        return self._problem(height, width, num_frames)
-
-    def _problem(self, height: int, width: int, num_frames: int) -> str:
-        if not self.known:
-            return ""
-        setting = fit.Setting(
-            gpus=self.config.world_size,
-            gpu_memory=self.memory / 1e9,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            dtype=name_of(self.precision.transformer),
-            t5_dtype=name_of(self.precision.text_encoder),
-            vae_dtype=name_of(self.precision.vae),
-        )
-        try:
-            fit.check_fit(setting, self.config.model)
-        except fit.FitError as error:
-            return str(error)
-        return ""
 
 
 def name_of(dtype: torch.dtype) -> str:

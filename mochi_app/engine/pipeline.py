@@ -11,16 +11,12 @@ process (`rank.py`), the layout of the transformer (`parallel.py`) or files (`en
 
 from __future__ import annotations
 
-import base64
 import gc
 import hashlib
-import io
-import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,49 +25,33 @@ import numpy as np
 import torch
 import transformers
 from diffusers import MochiPipeline
-from PIL import Image
 
 from mochi_app.engine import checkpoint, speed
 from mochi_app.engine.checkpoint import Trail
 from mochi_app.engine.decode import decode
 from mochi_app.engine.encode import EncodeError, Frames, save
+from mochi_app.engine.gpu_memory import Room
 from mochi_app.engine.group import Ranks
-from mochi_app.engine.loading import (
-    LoadError,
-    Precision,
-    Room,
-    choose_attention,
-    choose_device,
-    name_of,
-    open_pipeline,
-    quiet_libraries,
-    warn_of_rounding,
-)
 from mochi_app.engine.lora import LoraShelf
-from mochi_app.engine.messages import (
-    Configure,
-    Latent,
-    Loading,
-    Message,
-    Resumed,
-    Run,
-    Stage,
-    Step,
-    Tiles,
-)
 from mochi_app.engine.parallel import ParallelHandle, parallelize
+from mochi_app.engine.previews import LatentColours
+from mochi_app.engine.progress import (
+    Contact,
+    Emit,
+    StageClock,
+    Start,
+    StepWatcher,
+    Stopped,
+    stop_if,
+    unsaid,
+)
 from mochi_app.engine.schedule import SCHEDULES, MochiScheduler
 from mochi_app.engine.scratch import refused
-from mochi_app.engine.speed import SpeedOptions
 from mochi_app.errors import one_line
 from mochi_app.loras import LoraError
+from mochi_app.messages import Resumed, Run, Tiles
 
 logger = logging.getLogger(__name__)
-
-PICTURE_SIDE = 160
-PICTURE_SECONDS = 0.7
-
-Emit = Callable[[Message], None]
 
 
 class NotFinite(ArithmeticError):
@@ -84,10 +64,6 @@ class TooLarge(ValueError):
     """The video does not fit the slot's GPUs. All ranks agree on it before any work."""
 
     settled = True
-
-
-class Stopped(Exception):
-    """Unwinds a run that was cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,60 +92,6 @@ class TextEmbeddings:
     prompt_attention_mask: torch.Tensor
     negative_prompt_embeds: torch.Tensor | None
     negative_prompt_attention_mask: torch.Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Where the steps of a run begin: at `latents`, with `step` steps of all already done."""
-
-    step: int
-    latents: torch.Tensor
-
-
-def load(config: Configure, emit: Emit) -> Engine:
-    """Load the model that `config` names, ready to run, and try it on the smallest video, which is
-    encoded into the scratch folder and removed: a slot is ready when it has made one.
-
-    Raises:
-        EncodeError, OSError: the smallest video cannot be encoded or written.
-        LoadError: no such folder, no such device, or a model that yields no finite numbers.
-        LayoutError: the model's attention heads cannot be split over the ranks.
-    """
-    device = choose_device(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    quiet_libraries()
-    precision = Precision.choose(config, device)
-    room = None
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        room = Room(config, precision, memory)
-        if config.rank == 0:
-            room.check_start()
-    ranks = Ranks.join(config.rank, config.world_size, config.rendezvous, device)
-    options = SpeedOptions.of(config)
-    options.check(ranks)
-    facts = checkpoint.of_configuration(config) | precision_facts(precision)
-    place = device if options.offload == "none" else torch.device("cpu")
-    pipe = open_pipeline(config.model, precision, place, text=ranks.first)
-    if ranks.first:
-        warn_of_rounding(Path(config.model).expanduser(), precision.transformer)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.vae.enable_tiling()  # takes effect above 256 pixels a side only
-    if config.attention != "native":
-        choose_attention(pipe, config.attention)
-    speed.apply(pipe, options, ranks)
-    colours = LatentColours.read(Path(config.model) / "latent_rgb.json")
-    loras = Path(config.lora_dir) if config.lora_dir else None
-    exact = options.cache_threshold == 0  # a cache is state that no checkpoint has
-    engine = Engine(pipe, colours, ranks, loras, room, facts if exact else None)
-    emit(Loading(what="warming up"))
-    frames = engine.warm_up()
-    if frames is not None:
-        try_encoder(frames, Path(config.scratch))
-    return engine
 
 
 def try_encoder(frames: Frames, folder: Path) -> None:
@@ -500,169 +422,11 @@ class Engine:
         self._pipe._current_timestep = None
 
 
-@dataclass(frozen=True, slots=True)
-class Contact:
-    """A run's way to the outside: what it says, whether it is to stop, when its work is done."""
-
-    emit: Emit
-    cancelled: Callable[[], bool]
-    synchronize: Callable[[], None]
-
-
-class StageClock:
-    """Announces stages, measures them in seconds, and stops the run between them if asked."""
-
-    def __init__(self, job_id: str, contact: Contact) -> None:
-        self.seconds: dict[str, float] = {}
-        self._job_id = job_id
-        self._contact = contact
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """One stage, from its announcement to the end of its work on the device."""
-        stop_if(self._contact.cancelled)
-        self._contact.emit(Stage(job_id=self._job_id, stage=name))
-        started = time.perf_counter()
-        yield
-        self._contact.synchronize()
-        self.seconds[name] = time.perf_counter() - started
-
-
-class StepWatcher:
-    """The pipeline's step callback: reports progress, shows pictures, leaves checkpoints, stops the
-    run if asked."""
-
-    def __init__(
-        self,
-        request: Run,
-        start: Start,
-        contact: Contact,
-        colours: LatentColours | None,
-        trail: Trail | None,
-    ) -> None:
-        self._request = request
-        self._done = start.step
-        self._contact = contact
-        self._colours = colours
-        self._trail = trail
-        self._before = middle(start.latents)
-        self._shown_at = -PICTURE_SECONDS
-        self._started = time.perf_counter()
-
-    def __call__(
-        self, pipe: MochiPipeline, index: int, timestep: torch.Tensor, tensors: dict[str, Any]
-    ) -> dict[str, Any]:
-        """After step `index` of those that this run does, from 0."""
-        self._contact.synchronize()
-        now = time.perf_counter()
-        step, steps = self._done + index + 1, self._request.num_inference_steps
-        self.settle()
-        self._contact.emit(
-            Step(job_id=self._request.job_id, step=step, steps=steps, seconds=now - self._started)
-        )
-        if self._trail is not None and self._trail.due(step) and step < steps:
-            self._trail.keep(step, tensors["latents"].detach().float().cpu().clone().numpy())
-        if self._colours is not None:
-            after = middle(tensors["latents"])
-            if now - self._shown_at >= PICTURE_SECONDS:
-                self._shown_at = now
-                sigmas = pipe.scheduler.sigmas[index : index + 2]
-                self._show(step, forecast(self._before, after, sigmas), self._colours)
-            self._before = after
-        stop_if(self._contact.cancelled)
-        self._started = time.perf_counter()
-        return tensors
-
-    def _show(self, step: int, clean: torch.Tensor, colours: LatentColours) -> None:
-        image = colours.picture(clean, self._request.height, self._request.width)
-        self._contact.emit(Latent(job_id=self._request.job_id, step=step, image=image))
-
-    def settle(self) -> None:
-        """Have the last checkpoint on the disk."""
-        if self._trail is not None:
-            self._trail.settle()
-
-
-@dataclass(frozen=True, slots=True)
-class LatentColours:
-    """A linear map from a latent cell to its colour, for pictures of a run that is under way.
-
-    `factors` has shape (12, 3), `bias` (3,): RGB from 0 to 1 = latents · factors + bias.
-    """
-
-    factors: torch.Tensor
-    bias: torch.Tensor
-
-    @classmethod
-    def read(cls, path: Path) -> LatentColours | None:
-        """The map beside the model; None if it has none.
-
-        Raises:
-            LoadError: the file is not such a map.
-        """
-        if not path.is_file():
-            return None
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            factors, bias = torch.tensor(record["factors"]), torch.tensor(record["bias"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise LoadError(f"{path}: {error}") from error
-        if factors.shape == (3, 12):
-            factors = factors.T
-        if factors.shape != (12, 3) or bias.shape != (3,):
-            shapes = f"{tuple(factors.shape)} and {tuple(bias.shape)}"
-            raise LoadError(f"{path}: factors and bias of {shapes}, expected (12, 3) and (3,)")
-        return cls(factors.float(), bias.float())
-
-    def picture(self, latents: torch.Tensor, height: int, width: int) -> str:
-        """One latent frame (12, h, w) as a WebP data URL, its longer side at most 160 pixels."""
-        rgb = torch.einsum("chw,cd->hwd", latents, self.factors) + self.bias
-        pixels = (rgb.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-        scale = min(1.0, PICTURE_SIDE / max(height, width))
-        size = (max(1, int(width * scale)), max(1, int(height * scale)))
-        image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
-        file = io.BytesIO()
-        image.save(file, format="WEBP", quality=70, method=0)
-        return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-
-
-def precision_facts(precision: Precision) -> dict[str, str]:
-    """The types of the parts, as a stamp has them."""
-    return {
-        f"{item.name} type": name_of(getattr(precision, item.name)) for item in fields(precision)
-    }
-
-
 def processor(device: torch.device) -> list[Any]:
     """What the result of a CPU's arithmetic depends on: its vector unit, the number of threads."""
     if device.type != "cpu":
         return []
     return [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
-
-
-def middle(latents: torch.Tensor) -> torch.Tensor:
-    """The middle frame of latents (1, 12, T, h, w), as float32 (12, h, w) on the CPU."""
-    return latents[0, :, latents.shape[2] // 2].detach().float().cpu().clone()
-
-
-def forecast(before: torch.Tensor, after: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """Where the last step points: its latents carried on along its velocity to sigma 1, no noise.
-
-    Mochi's sigmas rise from 0 (noise) to 1 (video), and a step is Euler's:
-    after = before + (sigmas[1] - sigmas[0]) · velocity.
-    """
-    here, there = (float(sigma) for sigma in sigmas)
-    return after + (1 - there) / (there - here) * (after - before)
-
-
-def unsaid(message: Message) -> None:
-    """The emit of a rank that does not speak for its slot."""
-
-
-def stop_if(cancelled: Callable[[], bool]) -> None:
-    """A boundary: unwind the run if it is cancelled."""
-    if cancelled():
-        raise Stopped
 
 
 def sha256(array: np.ndarray[Any, Any]) -> str:

@@ -1,7 +1,7 @@
 """The child process of one GPU: reads commands, runs jobs one at a time, sends events.
 
 Started by a slot as `python -m mochi_app.engine.rank --channel FD`, where FD is one end of a stream
-socketpair that speaks `mochi_app.engine.messages`. Owns the process: its threads, its end, and the
+socketpair that speaks `mochi_app.messages`. Owns the process: its threads, its end, and the
 answer to every command. It does not own the model (`pipeline.py`) or the encoder (`encode.py`), and
 imports neither, nor torch, until the parent has heard from it.
 
@@ -18,21 +18,21 @@ import logging
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mochi_app import logs
-from mochi_app.engine.lifeline import die_with_parent, leave
-from mochi_app.engine.messages import (
-    MAX_LINE_BYTES,
-    Cancel,
+from mochi_app.child_process import die_with_parent, leave
+from mochi_app.disk_errors import DISK_FULL, said
+from mochi_app.engine.channel import Channel, Inbox
+from mochi_app.engine.scratch import Scratch, refused
+from mochi_app.errors import one_line
+from mochi_app.messages import (
     Cancelled,
     Configure,
     Done,
@@ -45,17 +45,12 @@ from mochi_app.engine.messages import (
     ProtocolError,
     Ready,
     Run,
-    Shutdown,
     Stage,
-    decode,
-    encode,
 )
-from mochi_app.engine.scratch import Scratch, refused
-from mochi_app.errors import one_line
-from mochi_app.store_errors import DISK_FULL, said
 
 if TYPE_CHECKING:
     from mochi_app.engine.encode import Frames
+
 
 logger = logging.getLogger(__name__)
 
@@ -105,95 +100,10 @@ def load_mochi(config: Configure, emit: Emit) -> Engine:
     # OpenMP threads that spin while they wait starve each other when cores are shared: the steps of
     # the embedded model took ten times as long beside one busy process. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from mochi_app.engine import pipeline
+    from mochi_app.engine import start
 
     emit(Loading(what="loading weights"))
-    return pipeline.load(config, emit)
-
-
-class Channel:
-    """Both directions of the socket to the parent; `send` may be called from any thread."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._socket = socket.socket(fileno=descriptor)
-        self._socket.set_inheritable(False)
-        self._socket.setblocking(True)
-        self._lines = self._socket.makefile("rb")
-        self._lock = threading.Lock()
-        self.epoch = 0
-
-    def send(self, message: Message) -> None:
-        """Write one message with this process's epoch; a parent that is gone ends the process."""
-        line = encode(replace(message, epoch=self.epoch))
-        try:
-            with self._lock:
-                self._socket.sendall(line)
-        except OSError:
-            leave(0)
-
-    def receive(self) -> Message | None:
-        """The next command; None when the parent has closed its end.
-
-        Raises:
-            ProtocolError: the line is no message, or longer than `MAX_LINE_BYTES`.
-        """
-        try:
-            line = self._lines.readline(MAX_LINE_BYTES + 1)
-        except OSError:
-            return None
-        if not line.endswith(b"\n"):
-            if len(line) > MAX_LINE_BYTES:
-                raise ProtocolError(f"a line of more than {MAX_LINE_BYTES} bytes")
-            return None
-        return decode(line)
-
-
-class Inbox:
-    """Commands between the reader and the main thread: jobs in order, and which are cancelled."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._waiting: deque[Run | Shutdown] = deque()
-        self._current: str | None = None
-        self._cancelled: set[str] = set()
-
-    def put(self, command: Message) -> None:
-        """Take in one command of the parent.
-
-        Raises:
-            ProtocolError: a rank does not take such a message.
-        """
-        with self._changed:
-            if isinstance(command, Run | Shutdown):
-                self._waiting.append(command)
-                self._changed.notify()
-            elif isinstance(command, Cancel):
-                known = {item.job_id for item in self._waiting if isinstance(item, Run)}
-                if command.job_id == self._current or command.job_id in known:
-                    self._cancelled.add(command.job_id)
-            else:
-                raise ProtocolError(f"a rank takes no {type(command).__name__}")
-
-    def take(self) -> Run | None:
-        """Wait for the next job, which becomes the current one; None at a shutdown."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting)
-            command = self._waiting.popleft()
-            if isinstance(command, Shutdown):
-                return None
-            self._current = command.job_id
-            return command
-
-    def cancelled(self) -> bool:
-        """Whether the current job is to stop."""
-        return self._current in self._cancelled
-
-    def finish(self) -> None:
-        """The current job is over: a cancel that comes now is too late and means nothing."""
-        with self._changed:
-            if self._current is not None:
-                self._cancelled.discard(self._current)
-            self._current = None
+    return start.load(config, emit)
 
 
 def main(argv: Sequence[str] | None = None, loader: Loader = load_mochi) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mochi_app.store_errors import UNUSABLE, said
+from mochi_app.disk_errors import UNUSABLE, said
 
 FOLLOWS = hasattr(os, "O_PATH")  # Linux, whose /proc leads to open folders
 

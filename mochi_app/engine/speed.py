@@ -34,8 +34,8 @@ from diffusers.hooks import apply_group_offloading
 
 from mochi_app.engine.group import Ranks
 from mochi_app.engine.loading import LoadError
-from mochi_app.engine.messages import Configure
 from mochi_app.engine.parallel import enable_first_block_cache
+from mochi_app.messages import Configure
 
 QUANTIZATIONS = ("none", "fp8", "int8")
 OFFLOADS = ("none", "model", "group")

@@ -14,12 +14,13 @@ from typing import Any
 import gradio as gr
 from gradio import FileData
 
-from mochi_app.history import HistoryError
-from mochi_app.jobs import JobStatus, RequestError
-from mochi_app.store_errors import reason_of
-from mochi_app.studio import Studio
-from mochi_app.tickets import ENDPOINT, SECRET_HEADER
-from mochi_app.web.doors import caller_of
+from mochi_app.disk_errors import reason_of
+from mochi_app.errors import HistoryError
+from mochi_app.jobs import JobStatus
+from mochi_app.request import RequestError
+from mochi_app.studio.studio import Studio
+from mochi_app.web.auth import caller_of
+from mochi_app.web.tickets import ENDPOINT, SECRET_HEADER
 
 WATCHER_SECONDS = 0.01  # of pause between two answers to one caller, for each who waits
 

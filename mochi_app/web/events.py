@@ -34,10 +34,11 @@ from fastapi import HTTPException
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from mochi_app.engine.pool import SupervisedSlot
-from mochi_app.jobs import JOB_ID, Job, JobStatus, refuse
-from mochi_app.live import PROGRESS, is_news
-from mochi_app.studio import Studio
+from mochi_app.jobs import JOB_ID, Job, JobStatus
+from mochi_app.request import refuse
+from mochi_app.slots.pool import SupervisedSlot
+from mochi_app.studio.live import PROGRESS, is_news
+from mochi_app.studio.studio import Studio
 
 EVENT_SECONDS = 0.2  # at most so often a page hears of changes
 SECONDS_A_PAGE = 0.0005  # more, for each page that listens

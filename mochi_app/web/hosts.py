@@ -22,7 +22,7 @@ from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mochi_app.settings import HOST_NAME, SettingsError
-from mochi_app.web.guards import explained_refusal
+from mochi_app.web.middleware import explained_refusal
 
 PROBES = frozenset({"/livez", "/healthz"})  # monitors ask by whatever name they have
 UNSERVED = "mochi.unserved"  # in the scope of a probe under a host that is not served

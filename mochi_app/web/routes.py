@@ -18,12 +18,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 from starlette.routing import Mount
 
-from mochi_app.jobs import JOB_ID, JobStatus, NotFound, RequestError
-from mochi_app.store_errors import reason_of
-from mochi_app.studio import Studio
-from mochi_app.web.doors import address_of, is_stranger
+from mochi_app.disk_errors import reason_of
+from mochi_app.jobs import JOB_ID, JobStatus
+from mochi_app.request import NotFound, RequestError
+from mochi_app.studio.studio import Studio
+from mochi_app.web.auth import is_stranger
 from mochi_app.web.events import RETRY_SECONDS, STREAM_HEADERS, EventFeed, Listening, Wanted
 from mochi_app.web.hosts import UNSERVED
+from mochi_app.web.throttle import address_of
 
 log = logging.getLogger(__name__)
 

@@ -16,13 +16,23 @@ from typing import Any
 import gradio as gr
 from gradio.themes.utils import colors
 
-from mochi_app import jobs
-from mochi_app.accounts import Caller
-from mochi_app.history import HistoryError
-from mochi_app.jobs import JobStatus, RequestError
+from mochi_app.callers import Caller
+from mochi_app.errors import HistoryError
+from mochi_app.jobs import JobStatus
 from mochi_app.loras import lora_names
-from mochi_app.studio import Studio
-from mochi_app.web.doors import caller_of
+from mochi_app.request import (
+    DEFAULT_SCHEDULE,
+    MAX_GUIDANCE_SCALE,
+    MAX_LORA_SCALE,
+    MAX_STEPS,
+    MIN_SIDE,
+    MIN_STEPS,
+    SIDE_MULTIPLE,
+    RequestError,
+    refuse,
+)
+from mochi_app.studio.studio import Studio
+from mochi_app.web.auth import caller_of
 
 HERE = Path(__file__).parent
 
@@ -117,7 +127,7 @@ class Calls:
         """A page of the history: `filter`, `query`, `page`, `page_size`; and the state of the
         listings, `listed` and `marked`, as `/events` counts it."""
         if not isinstance(question, dict) or str(question.get("filter")) not in FILTERS:
-            raise jobs.refuse("filter", question, "one of " + ", ".join(FILTERS))
+            raise refuse("filter", question, "one of " + ", ".join(FILTERS))
         found = self._studio.list_jobs(
             query=question.get("query"),
             page=question.get("page"),
@@ -141,7 +151,7 @@ class Calls:
     async def star_job(self, question: Any, _: Caller) -> dict[str, Any]:
         """Star a job or not: `[job_id, starred]`."""
         if not isinstance(question, list) or len(question) != 2:
-            raise jobs.refuse("star_job", question, "a job's id, and true or false")
+            raise refuse("star_job", question, "a job's id, and true or false")
         return self._studio.view(await self._studio.star(*question))
 
     async def delete_job(self, job_id: Any, by: Caller) -> dict[str, Any]:
@@ -274,14 +284,14 @@ def form(studio: Studio) -> list[Any]:
             label="Negative prompt", placeholder="What to avoid", lines=2, max_lines=6
         )
         steps = gr.Slider(
-            jobs.MIN_STEPS,
-            jobs.MAX_STEPS,
+            MIN_STEPS,
+            MAX_STEPS,
             value=studio.settings.preview_steps,
             step=1,
             label="Steps",
         )
         guidance_scale = gr.Slider(
-            0, jobs.MAX_GUIDANCE_SCALE, value=defaults.guidance_scale, step=0.1, label="Guidance"
+            0, MAX_GUIDANCE_SCALE, value=defaults.guidance_scale, step=0.1, label="Guidance"
         )
         with gr.Row():
             width = side("Width", defaults.width, defaults.max_width)
@@ -296,7 +306,7 @@ def form(studio: Studio) -> list[Any]:
         )
         schedule = gr.Radio(
             [("Standard", "linear_quadratic"), ("Fast, for 8 steps at guidance 1.5", "fast")],
-            value=jobs.DEFAULT_SCHEDULE,
+            value=DEFAULT_SCHEDULE,
             label="Schedule",
         )
         with gr.Row(visible=studio.settings.lora_dir is not None, elem_id="mochi-lora"):
@@ -308,7 +318,7 @@ def form(studio: Studio) -> list[Any]:
                 min_width=120,
             )
             lora_scale = gr.Slider(
-                0, jobs.MAX_LORA_SCALE, value=1, step=0.05, label="LoRA scale", min_width=120
+                0, MAX_LORA_SCALE, value=1, step=0.05, label="LoRA scale", min_width=120
             )
         if studio.settings.lora_dir is not None:  # files come and go: look again with each page
             gr.on(None, lambda: gr.Dropdown(lora_choices(studio)), None, lora, **UNQUEUED)
@@ -335,9 +345,7 @@ def lora_choices(studio: Studio) -> list[tuple[str, str]]:
 
 def side(label: str, value: int, most: int) -> gr.Slider:
     """A slider over the sizes that Mochi takes, in pixels."""
-    return gr.Slider(
-        jobs.MIN_SIDE, most, value=value, step=jobs.SIDE_MULTIPLE, label=label, min_width=120
-    )
+    return gr.Slider(MIN_SIDE, most, value=value, step=SIDE_MULTIPLE, label=label, min_width=120)
 
 
 def examples(prompts: tuple[str, ...], prompt: gr.Textbox) -> None:

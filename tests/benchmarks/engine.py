@@ -14,7 +14,7 @@ the processes of a group of ranks both are done by turns on the first rank alone
 others wait, and by all together, so that both see the same machine. The first turn does not count.
 Seconds are those of the slowest rank, and medians of the turns.
 
-*share* is what the busiest rank does in operations a second, as `plan.py` counts them, over what
+*share* is what the busiest rank does in operations a second, as the plan counts them, over what
 the slowest rank does in a square matrix product, measured on all ranks at the same time. The
 plan's seconds come from one rank's rate in these same turns, and from the bandwidth of an
 all-to-all between the ranks: they show what division and traffic alone would leave. Memory is the
@@ -41,14 +41,14 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
 
-from mochi_app.engine.costs import DTYPES, GB, TERA
 from mochi_app.engine.decode import decode
-from mochi_app.engine.fit import Parts, Plan, PlanError, Setting, build_parts, make_plan
 from mochi_app.engine.group import Ranks
 from mochi_app.engine.loading import quiet_libraries
 from mochi_app.engine.parallel import LayoutError, parallelize
-from mochi_app.engine.plan import parse_counts
-from mochi_app.settings import PROJECT_DIR
+from mochi_app.engine.plan.__main__ import parse_counts
+from mochi_app.engine.plan.costs import DTYPES, GB, TERA
+from mochi_app.engine.plan.fit import Parts, Plan, PlanError, Setting, build_parts, make_plan
+from mochi_app.files import PROJECT_DIR
 from tests.benchmarks.random_models import random_inputs, random_transformer, random_vae
 from tests.benchmarks.report import Result, table
 from tests.ranks import run_ranks
@@ -213,7 +213,7 @@ def measure_group(task: Task, device: str) -> Result:
 
 
 def summarize(plan: Plan, ranks: Sequence[Result]) -> Result:
-    """What all ranks found, in seconds, TFLOP/s, bytes; `plan_` is what `plan.py` says."""
+    """What all ranks found, in seconds, TFLOP/s, bytes; `plan_` is what the plan says."""
     step, decoding = (slowest([rank[name] for rank in ranks]) for name in ("step", "decode"))
     matmul = min(rank["matmul_tflops"] for rank in ranks)
     rate = plan.busiest_flops / step["together"] / TERA

@@ -41,12 +41,13 @@ import httpx
 import numpy as np
 from gradio_client import Client
 
-from mochi_app.engine.pool import Pool, threads_per_rank
-from mochi_app.history import History
 from mochi_app.jobs import JobStatus
-from mochi_app.media import MediaStore
-from mochi_app.settings import load_model_defaults, load_settings
-from mochi_app.studio import Studio
+from mochi_app.model_defaults import load_model_defaults
+from mochi_app.settings import load_settings
+from mochi_app.slots.pool import Pool, threads_per_rank
+from mochi_app.store.history import History
+from mochi_app.store.media import MediaStore
+from mochi_app.studio.studio import Studio
 from tests.benchmarks import records
 from tests.benchmarks.processes import (
     PlainPipeline,

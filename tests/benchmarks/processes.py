@@ -13,7 +13,7 @@ from typing import Any
 
 from gradio_client import Client
 
-from mochi_app.settings import PROJECT_DIR
+from mochi_app.files import PROJECT_DIR
 from tests.serving import Served, poll
 
 SLOT_SECONDS = 300.0  # a slot may take to load, or to fail

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
 
-from mochi_app.engine.costs import count_weights, step_activations, video_tokens
+from mochi_app.engine.plan.costs import count_weights, step_activations, video_tokens
 
 SPREAD = 0.02  # standard deviation of a weight
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mochi_app.jobs import Job, JobIds, JobStatus
-from mochi_app.record_store import JOB, RecordStore
+from mochi_app.store.checks import JOB
+from mochi_app.store.database import RecordStore
 
 YEAR = 365 * 86400.0
 BATCH = 5000  # rows in one transaction

@@ -33,17 +33,7 @@ import numpy as np
 
 from mochi_app.engine import rank
 from mochi_app.engine.checkpoint import Trail, of_request
-from mochi_app.engine.messages import (
-    Configure,
-    Done,
-    Latent,
-    Message,
-    Resumed,
-    Run,
-    Stage,
-    Step,
-    encode,
-)
+from mochi_app.messages import Configure, Done, Latent, Message, Resumed, Run, Stage, Step, encode
 
 Emit = Callable[[Message], None]
 

@@ -16,9 +16,10 @@ import httpx
 import pytest
 
 from mochi_app import accounts
-from mochi_app.media import read_metadata
-from mochi_app.tickets import SECRET_HEADER
-from mochi_app.web import doors
+from mochi_app.store.metadata import read_metadata
+from mochi_app.web import auth as doors
+from mochi_app.web import throttle
+from mochi_app.web.tickets import SECRET_HEADER
 from tests.serving import DEADLINE, Refusal, Served
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 7, "num_inference_steps": 2}
@@ -87,8 +88,8 @@ def test_passwords_are_guessed_by_the_dozen(closed: Served) -> None:
         assert enter(closed, "bob").status_code == 200
         told = Counter(guesses)
     assert set(told) == {401, 429}
-    earned = (time.monotonic() - began) / doors.SECONDS_A_TRY
-    assert told[401] <= doors.TRIES + earned + 1
+    earned = (time.monotonic() - began) / throttle.SECONDS_A_TRY
+    assert told[401] <= throttle.TRIES + earned + 1
     assert enter(closed, "ann", "198.51.100.7").status_code == 429
 
 

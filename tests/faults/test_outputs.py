@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from mochi_app.jobs import JobIds
-from mochi_app.media import (
+from mochi_app.store.metadata import (
     dump_ffmetadata,
     parse_ffmetadata,
     read_metadata,

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from mochi_app.settings import PROJECT_DIR
+from mochi_app.files import PROJECT_DIR
 from tests.conftest import alive
 from tests.serving import Served, poll
 

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from mochi_app.settings import PROJECT_DIR
+from mochi_app.files import PROJECT_DIR
 from tests.serving import Refusal, Served, free_port, poll
 
 Serve = Callable[..., Served]
@@ -38,8 +38,8 @@ def run(*command: str, data_dir: Path, **settings: str) -> subprocess.CompletedP
 
 
 def tool(command: str, data_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """`python -m mochi_app.history COMMAND`."""
-    return run("-m", "mochi_app.history", command, *more, data_dir=data_dir)
+    """`python -m mochi_app.store COMMAND`."""
+    return run("-m", "mochi_app.store", command, *more, data_dir=data_dir)
 
 
 def refused_start(data_dir: Path) -> str:
@@ -266,7 +266,7 @@ and names the restore, which brings back the backup, and newer jobs from their v
     (harmed / "history" / "cache.db").write_bytes(b"")
     said = refused_start(harmed)
     assert "missing, empty, or not the history" in said
-    assert "python -m mochi_app.history restore" in said
+    assert "python -m mochi_app.store restore" in said
     assert tool("check", harmed).returncode == 1
     assert [job["prompt"] for job in restored(harmed, serve)] == ["one", "two", "three"]
 
@@ -277,7 +277,7 @@ keeps the damaged file aside."""
     path = harmed / "history" / "cache.db"
     left = path.read_bytes()[: path.stat().st_size // 2]
     path.write_bytes(left)
-    assert "python -m mochi_app.history restore" in refused_start(harmed)
+    assert "python -m mochi_app.store restore" in refused_start(harmed)
     assert path.read_bytes() == left
     assert tool("restore", harmed).returncode == 0
     (aside,) = (harmed / "backups").glob("replaced-*")
@@ -293,7 +293,7 @@ restore, and so does a check."""
     middle = len(content) // 2 // 4096 * 4096
     content[middle : middle + 8192] = os.urandom(8192)
     path.write_bytes(content)
-    assert "python -m mochi_app.history restore" in refused_start(harmed)
+    assert "python -m mochi_app.store restore" in refused_start(harmed)
     assert tool("check", harmed).returncode == 1
 
 

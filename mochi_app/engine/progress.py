@@ -1,0 +1,123 @@
+"""What a rank tells while it works: stages, steps, and where a cancel is asked about."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import MochiPipeline
+
+from mochi_app.engine.checkpoint import Trail
+from mochi_app.engine.previews import PICTURE_SECONDS, LatentColours, forecast, middle
+from mochi_app.messages import Latent, Message, Run, Stage, Step
+
+Emit = Callable[[Message], None]
+
+
+class Stopped(Exception):
+    """Unwinds a run that was cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where the steps of a run begin: at `latents`, with `step` steps of all already done."""
+
+    step: int
+    latents: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Contact:
+    """A run's way to the outside: what it says, whether it is to stop, when its work is done."""
+
+    emit: Emit
+    cancelled: Callable[[], bool]
+    synchronize: Callable[[], None]
+
+
+class StageClock:
+    """Announces stages, measures them in seconds, and stops the run between them if asked."""
+
+    def __init__(self, job_id: str, contact: Contact) -> None:
+        self.seconds: dict[str, float] = {}
+        self._job_id = job_id
+        self._contact = contact
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """One stage, from its announcement to the end of its work on the device."""
+        stop_if(self._contact.cancelled)
+        self._contact.emit(Stage(job_id=self._job_id, stage=name))
+        started = time.perf_counter()
+        yield
+        self._contact.synchronize()
+        self.seconds[name] = time.perf_counter() - started
+
+
+class StepWatcher:
+    """The pipeline's step callback: reports progress, shows pictures, leaves checkpoints, stops the
+    run if asked."""
+
+    def __init__(
+        self,
+        request: Run,
+        start: Start,
+        contact: Contact,
+        colours: LatentColours | None,
+        trail: Trail | None,
+    ) -> None:
+        self._request = request
+        self._done = start.step
+        self._contact = contact
+        self._colours = colours
+        self._trail = trail
+        self._before = middle(start.latents)
+        self._shown_at = -PICTURE_SECONDS
+        self._started = time.perf_counter()
+
+    def __call__(
+        self, pipe: MochiPipeline, index: int, timestep: torch.Tensor, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
+        """After step `index` of those that this run does, from 0."""
+        self._contact.synchronize()
+        now = time.perf_counter()
+        step, steps = self._done + index + 1, self._request.num_inference_steps
+        self.settle()
+        self._contact.emit(
+            Step(job_id=self._request.job_id, step=step, steps=steps, seconds=now - self._started)
+        )
+        if self._trail is not None and self._trail.due(step) and step < steps:
+            self._trail.keep(step, tensors["latents"].detach().float().cpu().clone().numpy())
+        if self._colours is not None:
+            after = middle(tensors["latents"])
+            if now - self._shown_at >= PICTURE_SECONDS:
+                self._shown_at = now
+                sigmas = pipe.scheduler.sigmas[index : index + 2]
+                self._show(step, forecast(self._before, after, sigmas), self._colours)
+            self._before = after
+        stop_if(self._contact.cancelled)
+        self._started = time.perf_counter()
+        return tensors
+
+    def _show(self, step: int, clean: torch.Tensor, colours: LatentColours) -> None:
+        image = colours.picture(clean, self._request.height, self._request.width)
+        self._contact.emit(Latent(job_id=self._request.job_id, step=step, image=image))
+
+    def settle(self) -> None:
+        """Have the last checkpoint on the disk."""
+        if self._trail is not None:
+            self._trail.settle()
+
+
+def unsaid(message: Message) -> None:
+    """The emit of a rank that does not speak for its slot."""
+
+
+def stop_if(cancelled: Callable[[], bool]) -> None:
+    """A boundary: unwind the run if it is cancelled."""
+    if cancelled():
+        raise Stopped

@@ -1,0 +1,79 @@
+"""Load the model into this rank, by its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from mochi_app.engine import checkpoint, speed
+from mochi_app.engine.gpu_memory import Room
+from mochi_app.engine.group import Ranks
+from mochi_app.engine.loading import (
+    Precision,
+    choose_attention,
+    choose_device,
+    name_of,
+    open_pipeline,
+    quiet_libraries,
+    warn_of_rounding,
+)
+from mochi_app.engine.pipeline import Engine, try_encoder
+from mochi_app.engine.previews import LatentColours
+from mochi_app.engine.progress import Emit
+from mochi_app.engine.speed import SpeedOptions
+from mochi_app.messages import Configure, Loading
+
+
+def load(config: Configure, emit: Emit) -> Engine:
+    """Load the model that `config` names, ready to run, and try it on the smallest video, which is
+    encoded into the scratch folder and removed: a slot is ready when it has made one.
+
+    Raises:
+        EncodeError, OSError: the smallest video cannot be encoded or written.
+        LoadError: no such folder, no such device, or a model that yields no finite numbers.
+        LayoutError: the model's attention heads cannot be split over the ranks.
+    """
+    device = choose_device(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    quiet_libraries()
+    precision = Precision.choose(config, device)
+    room = None
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        room = Room(config, precision, memory)
+        if config.rank == 0:
+            room.check_start()
+    ranks = Ranks.join(config.rank, config.world_size, config.rendezvous, device)
+    options = SpeedOptions.of(config)
+    options.check(ranks)
+    facts = checkpoint.of_configuration(config) | precision_facts(precision)
+    place = device if options.offload == "none" else torch.device("cpu")
+    pipe = open_pipeline(config.model, precision, place, text=ranks.first)
+    if ranks.first:
+        warn_of_rounding(Path(config.model).expanduser(), precision.transformer)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.enable_tiling()  # takes effect above 256 pixels a side only
+    if config.attention != "native":
+        choose_attention(pipe, config.attention)
+    speed.apply(pipe, options, ranks)
+    colours = LatentColours.read(Path(config.model) / "latent_rgb.json")
+    loras = Path(config.lora_dir) if config.lora_dir else None
+    exact = options.cache_threshold == 0  # a cache is state that no checkpoint has
+    engine = Engine(pipe, colours, ranks, loras, room, facts if exact else None)
+    emit(Loading(what="warming up"))
+    frames = engine.warm_up()
+    if frames is not None:
+        try_encoder(frames, Path(config.scratch))
+    return engine
+
+
+def precision_facts(precision: Precision) -> dict[str, str]:
+    """The types of the parts, as a stamp has them."""
+    return {
+        f"{item.name} type": name_of(getattr(precision, item.name)) for item in fields(precision)
+    }

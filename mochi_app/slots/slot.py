@@ -1,0 +1,467 @@
+"""The parent side of one slot: start its rank processes, talk to them, notice when they fail.
+
+A slot owns processes and deadlines, not policy: when it dies it says why (`SlotDied`) and stays
+down until `start()` is called again; `pool.py` decides when. It knows no history, and it names the
+engine (`python -m mochi_app.engine.rank`) instead of importing it, so torch never enters here.
+
+What is watched, and what each catches:
+    the exit of a process    kills, crashes, exits
+    the heartbeat            a frozen process, or a frozen machine
+    progress of the job      a hang while the heartbeat thread beats on
+    the start and load times a start that never ends
+    the cancel time          a step so long that a cancel would not free the device
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from mochi_app import messages
+from mochi_app.child_process import unbroken
+from mochi_app.messages import Message
+from mochi_app.settings import Patience, Settings, SlotSpec
+from mochi_app.slots.rank_process import RankProcess
+
+log = logging.getLogger(__name__)
+
+ENGINE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "mochi_app.engine.rank")
+FOLLOW_GRACE = 1.0  # seconds that other ranks may be behind the first at the end of a job
+WATCH_INTERVAL = 0.1  # seconds between looks at the deadlines
+
+
+class SlotState(StrEnum):
+    """What a slot is doing; only READY takes a job."""
+
+    DOWN = "down"
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    BUSY = "busy"
+
+
+class SlotDied(RuntimeError):
+    """The processes of a slot are gone. The message says how."""
+
+
+class JobFailed(RuntimeError):
+    """The engine reports that the job failed; the slot may well be healthy."""
+
+    def __init__(self, error: str, *, disk_full: bool = False, unwritten: bool = False) -> None:
+        super().__init__(error)
+        self.disk_full = disk_full
+        self.unwritten = unwritten
+
+
+class JobCancelled(Exception):
+    """The job stopped because it was cancelled."""
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """The moment (`time.monotonic()`) by which something must have happened; else the reason."""
+
+    at: float
+    reason: str
+
+
+async def first_of(*futures: asyncio.Future[Any], timeout: float | None = None) -> None:
+    """Wait until one of the futures is done, at most `timeout` seconds; none is cancelled."""
+    await asyncio.wait(futures, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+
+
+class Slot:
+    """A group of devices with its persistent rank processes.
+
+    `on_change` is called, on the loop, whenever `state` or `detail` changes.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        spec: SlotSpec,
+        settings: Settings,
+        scratch: Path,
+        *,
+        threads: int = 0,
+        command: Sequence[str] = ENGINE_COMMAND,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.index = index
+        self.spec = spec
+        self.scratch = scratch
+        self.model: Path | None = None  # the folder to load, where it is not what the settings name
+        self.video = (0, 0, 0)  # height, width, frames that must fit; see `messages.Configure`
+        self.state = SlotState.DOWN
+        self.detail = "not started"
+        self.since = time.monotonic()
+        self.epoch = 0
+        self.blameless = False  # its last end was no fault of the slot
+        self.versions: dict[str, str] = {}
+        self.load_seconds: float | None = None
+        self._settings = settings
+        self._threads = threads
+        self._command = command
+        self._on_change = on_change
+        self._patience = settings.patience
+        self._ranks: list[RankProcess] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._deadlines: dict[str, Deadline] = {}
+        self._burial = asyncio.Lock()
+        self._all_ready: asyncio.Future[None] | None = None
+        self._death: asyncio.Future[str] | None = None
+        self._losing = False  # a rank's channel has ended, and `_death` is about to say how
+        self._outcome: asyncio.Future[messages.JobEvent] | None = None
+        self._job_id: str | None = None
+        self._on_event: Callable[[messages.JobEvent], None] | None = None
+        self._cancelling = False
+        self._following = 0  # ranks other than the first that still have their part to do
+        self._all_followed: asyncio.Future[None] | None = None
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids, by rank; empty when down."""
+        return [rank.pid for rank in self._ranks if rank.pid is not None]
+
+    @property
+    def gpu_bytes(self) -> list[int | None]:
+        """GPU memory that each rank holds; None where it has no GPU or has not said."""
+        return [rank.gpu_bytes for rank in self._ranks]
+
+    @property
+    def dying(self) -> bool:
+        """Whether its processes are gone or about to be, though `state` may not say so yet."""
+        return self._losing or (self._death is not None and self._death.done())
+
+    @property
+    def job_id(self) -> str | None:
+        """The job that runs here."""
+        return self._job_id
+
+    def _set(self, state: SlotState, detail: str = "") -> None:
+        if state is not self.state:
+            self.since = time.monotonic()
+        self.state, self.detail = state, detail
+        self._on_change()
+
+    # Start and end
+
+    async def start(self) -> None:
+        """Spawn the ranks and wait until each has loaded its model.
+
+        Raises:
+            SlotDied: they did not come up; everything that was started is gone again.
+        """
+        assert self.state is SlotState.DOWN, f"slot {self.index} is {self.state}"
+        loop = asyncio.get_running_loop()
+        self.epoch += 1
+        self.blameless = self._losing = False
+        self._forget_rendezvous()
+        self._all_ready, self._death = loop.create_future(), loop.create_future()
+        self._ranks = [RankProcess(i, device) for i, device in enumerate(self.spec.devices)]
+        many = "processes" if self.spec.world_size > 1 else "process"
+        self._set(SlotState.STARTING, f"starting the {many}")
+        self._set_deadline("start", self._settings.start_timeout, "did not report")
+        try:
+            for rank in self._ranks:
+                await unbroken(rank.spawn(self._command, f"slot {self.index} rank {rank.rank}"))
+                rank.heard_at = time.monotonic()
+                rank.send(self._configuration(rank))
+            self._tasks = [asyncio.create_task(self._listen(rank)) for rank in self._ranks]
+            self._tasks.append(asyncio.create_task(self._watch()))
+            await first_of(self._all_ready, self._death)
+        except OSError as error:
+            self._die(f"the process could not be started: {error}")
+        except asyncio.CancelledError:
+            self._die("the start was called off")
+            await self._bury()
+            raise
+        if self._death.done():
+            await self._bury()
+            raise SlotDied(self._death.result())
+        self._set(SlotState.READY)
+
+    def _configuration(self, rank: RankProcess) -> messages.Configure:
+        return messages.Configure(
+            epoch=self.epoch,
+            slot=self.index,
+            rank=rank.rank,
+            world_size=self.spec.world_size,
+            model=str(self.model or self._settings.model),
+            device="cpu" if rank.device == "cpu" else "cuda",
+            dtype=self._settings.dtype,
+            scratch=str(self.scratch),
+            threads=self._threads,
+            rendezvous=str(self._rendezvous) if self.spec.world_size > 1 else "",
+            text_dtype=self._settings.text_dtype,
+            vae_dtype=self._settings.vae_dtype,
+            attention=self._settings.attention,
+            cache_threshold=self._settings.cache_threshold,
+            compile=self._settings.compile,
+            quantization=self._settings.quantization,
+            offload=self._settings.offload,
+            lora_dir=str(self._settings.lora_dir or ""),
+            height=self.video[0],
+            width=self.video[1],
+            num_frames=self.video[2],
+            log_level=self._settings.log_level,
+        )
+
+    @property
+    def _rendezvous(self) -> Path:
+        """Where the ranks of this start meet; killed ranks leave the file behind."""
+        return self.scratch / f"rendezvous-{self.epoch}"
+
+    def _forget_rendezvous(self) -> None:
+        with contextlib.suppress(OSError):  # a folder that cannot be used is told by the ranks
+            self._rendezvous.unlink(missing_ok=True)
+
+    async def died(self) -> str:
+        """Wait until the processes are gone, and say why. For a slot that has started."""
+        assert self._death is not None, f"slot {self.index} was never started"
+        reason = await asyncio.shield(self._death)
+        await self._bury()
+        return reason
+
+    async def stop(self, grace: float = 0.5) -> None:
+        """Ask the ranks to end, kill what is left after `grace` seconds, and reap everything."""
+        if self._death is None or self.state is SlotState.DOWN:
+            return
+        for rank in self._ranks:
+            rank.send(messages.Shutdown(epoch=self.epoch))
+        if self.state is SlotState.READY:
+            await asyncio.gather(*(rank.wait(grace) for rank in self._ranks))
+        self._die("stopped")
+        await self._bury()
+
+    def kill(self, reason: str) -> None:
+        """Kill the ranks at once; whoever waits for this slot gets `reason`."""
+        self._die(reason)
+
+    def _die(self, reason: str) -> None:
+        """All ranks go together: peers of a lost rank may be blocked in a collective."""
+        if self._death is not None and not self._death.done():
+            self._death.set_result(reason)
+        for rank in self._ranks:
+            rank.kill()
+
+    async def _bury(self) -> None:
+        """Reap every process; afterwards the slot is DOWN. May be called by several at a time."""
+        await unbroken(self._end_everything())
+
+    async def _end_everything(self) -> None:
+        async with self._burial:
+            await self._end_ranks()
+
+    async def _end_ranks(self) -> None:
+        tasks, self._tasks = self._tasks, []
+        ranks, self._ranks = self._ranks, []
+        for task in tasks:
+            task.cancel()
+        for rank in ranks:
+            rank.kill()
+            await rank.close()
+        self._deadlines.clear()
+        self._forget_rendezvous()
+        if self.state is not SlotState.DOWN:
+            reason = self._death.result() if self._death and self._death.done() else ""
+            self._set(SlotState.DOWN, reason)
+
+    # Deadlines
+
+    def _set_deadline(self, name: str, seconds: float, what: str) -> None:
+        self._deadlines[name] = Deadline(
+            time.monotonic() + seconds, f"{what} within {seconds:g} seconds"
+        )
+
+    def _progressed(self, what: str) -> None:
+        self._set_deadline("step", self._patience.step, f"{what} showed no progress")
+
+    async def _watch(self) -> None:
+        """Kill the slot when a deadline passes, on a clock that stands while this process does."""
+        now = time.monotonic()
+        while True:
+            due = now + WATCH_INTERVAL
+            await asyncio.sleep(WATCH_INTERVAL)
+            now = time.monotonic()
+            self._forgive(now, max(0.0, now - due))
+            silence = self._settings.heartbeat_timeout
+            for rank in self._ranks:
+                if now - rank.heard_at > silence:
+                    self._die(
+                        f"rank {rank.rank} (pid {rank.pid}) sent no heartbeat"
+                        f" for {silence:g} seconds"
+                    )
+                    return
+            for deadline in self._deadlines.values():
+                if now > deadline.at:
+                    self._die(deadline.reason)
+                    return
+
+    def _forgive(self, now: float, late: float) -> None:
+        """Move the deadlines on by the seconds in which this process itself was held up (stopped,
+        suspended, or starved): what its ranks said meanwhile was not heard, or not said."""
+        for rank in self._ranks:
+            rank.heard_at = min(now, rank.heard_at + late)
+        for name, deadline in self._deadlines.items():
+            self._deadlines[name] = replace(deadline, at=deadline.at + late)
+
+    # Messages
+
+    async def _listen(self, rank: RankProcess) -> None:
+        try:
+            while (message := await rank.receive()) is not None:
+                rank.heard_at = time.monotonic()
+                if message.epoch == self.epoch:
+                    self._take(rank, message)
+        except messages.ProtocolError as error:
+            self._die(f"rank {rank.rank} (pid {rank.pid}) broke the protocol: {error}")
+            return
+        await self._lose(rank)
+
+    async def _lose(self, rank: RankProcess) -> None:
+        """The channel of a rank has ended: its peers go at once, for they may be blocked in a
+        collective or about to complain of it; the reason is settled when its status is there."""
+        if self.dying:  # of something else, or of a peer's end
+            return
+        self._losing = True
+        for peer in self._ranks:
+            if peer is not rank:
+                peer.kill()
+        await rank.last_words()
+        self._die(rank.ending())
+
+    def _take(self, rank: RankProcess, message: Message) -> None:
+        match message:
+            case messages.Heartbeat():
+                rank.gpu_bytes = message.gpu_bytes
+            case messages.Loading():
+                self._deadlines.pop("start", None)
+                if "load" not in self._deadlines:
+                    self._set_deadline("load", self._settings.load_timeout, "did not load")
+                self._set(SlotState.LOADING, message.what)
+            case messages.Ready():
+                self._take_ready(rank, message)
+            case messages.Followed() if message.job_id == self._job_id:
+                self._following -= 1
+                if not self._following and self._all_followed is not None:
+                    self._all_followed.set_result(None)
+            case messages.Failed() if message.job_id == self._job_id:
+                self._take_job_event(message)
+            case messages.JobEvent() if message.job_id == self._job_id and rank.rank == 0:
+                self._take_job_event(message)
+
+    def _take_ready(self, rank: RankProcess, message: messages.Ready) -> None:
+        rank.ready = True
+        self.versions = dict(message.versions)
+        self.load_seconds = message.seconds
+        if all(rank.ready for rank in self._ranks):
+            self._deadlines.pop("start", None)
+            self._deadlines.pop("load", None)
+            if self._all_ready is not None and not self._all_ready.done():
+                self._all_ready.set_result(None)
+
+    def _take_job_event(self, message: messages.JobEvent) -> None:
+        if isinstance(message, messages.Done | messages.Failed | messages.Cancelled):
+            if self._outcome is not None and not self._outcome.done():
+                self._outcome.set_result(message)
+            return
+        if isinstance(message, messages.Step | messages.Stage | messages.Tiles):
+            self._progressed(f"job {message.job_id}")
+        if self._on_event is not None:
+            self._on_event(message)
+
+    # Jobs
+
+    async def run(
+        self,
+        request: messages.Run,
+        on_event: Callable[[messages.JobEvent], None],
+        patience: Patience | None = None,
+    ) -> messages.Done:
+        """Run one job; `on_event` hears its stages, steps and pictures.
+
+        `patience` has its deadlines, those of the settings if None.
+
+        Raises:
+            JobFailed: the engine says so.
+            JobCancelled: after `cancel()`.
+            SlotDied: the processes went away meanwhile.
+        """
+        if self.state is not SlotState.READY or self._death is None:
+            raise SlotDied(self.detail or f"slot {self.index} is {self.state}")
+        loop = asyncio.get_running_loop()
+        self._outcome, self._all_followed = loop.create_future(), loop.create_future()
+        self._job_id, self._on_event, self._cancelling = request.job_id, on_event, False
+        self._following = self.spec.world_size - 1
+        self._set(SlotState.BUSY)
+        self._patience = patience or self._settings.patience
+        self._progressed(f"job {request.job_id}")
+        try:
+            for rank in self._ranks:
+                rank.send(replace(request, epoch=self.epoch))
+            await first_of(self._outcome, self._death)
+            return await self._conclude()
+        finally:
+            self._job_id = self._on_event = self._outcome = self._all_followed = None
+            self._deadlines.pop("step", None)
+            self._deadlines.pop("cancel", None)
+            if not self.dying:
+                self._set(SlotState.READY)
+
+    async def _conclude(self) -> messages.Done:
+        """What came of the run: a result that arrived wins over a death or a cancel after it."""
+        assert self._outcome is not None
+        assert self._death is not None
+        outcome = self._outcome.result() if self._outcome.done() else None
+        match outcome:
+            case messages.Done():
+                return outcome
+            case messages.Cancelled():
+                raise JobCancelled
+            case messages.Failed() if outcome.poisoned:
+                self._die(f"the process cannot be used any more: {outcome.error}")
+            case messages.Failed():
+                if outcome.settled or await self._all_live():
+                    raise JobFailed(
+                        outcome.error, disk_full=outcome.disk_full, unwritten=outcome.unwritten
+                    )
+        if self._cancelling:
+            raise JobCancelled
+        await first_of(self._death)
+        raise SlotDied(self._death.result())
+
+    async def _all_live(self) -> bool:
+        """Whether no rank was lost, of which a failure that the ranks did not agree on may tell:
+        it may be read before the end of the lost one's channel.
+
+        Ranks that live, but do not come to the end of the job, wait for the one that failed.
+        """
+        if self.spec.world_size == 1:
+            return True
+        assert self._all_followed is not None
+        assert self._death is not None
+        await first_of(self._all_followed, self._death, timeout=FOLLOW_GRACE)
+        if self.dying:
+            return False
+        if self._following:
+            self.blameless = True
+            self._die("a job failed, and its ranks start anew")
+        return True
+
+    def cancel(self, job_id: str) -> None:
+        """Ask for the job to stop at its next boundary; the slot is killed if that takes long."""
+        if job_id != self._job_id or self._cancelling:
+            return
+        self._cancelling = True
+        self._set_deadline("cancel", self._patience.cancel, f"job {job_id} did not stop")
+        for rank in self._ranks:
+            rank.send(messages.Cancel(epoch=self.epoch, job_id=job_id))

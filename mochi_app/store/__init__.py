@@ -1,0 +1,1 @@
+"""The one way to disk: history, index, backups, restore, videos and posters."""

@@ -1,0 +1,293 @@
+"""What a sound history looks like: sentinel, checksums, and what is wrong with one that is not."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sqlite3
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diskcache
+import orjson
+
+from mochi_app.errors import HistoryError
+from mochi_app.jobs import Job
+from mochi_app.request import shown
+from mochi_app.store.job_index import JobIndex, RequestKey
+
+DATABASE, SENTINEL = diskcache.core.DBNAME, "store.json"
+JOB, REQUEST, META = "job:", "request:", "meta"
+JOB_END = "job;"  # ";" comes after ":"
+SENTINEL_BYTES = 256  # of fixed length: overwritten in place, which takes no space
+
+Record = dict[str, Any]
+Rows = dict[str, Record | str | None]  # None deletes
+
+RESTORE = "restore a backup of it: python -m mochi_app.store restore"
+BEGIN = "or set MOCHI_DATA_DIR to another folder to begin an empty history"
+ADVICE = {
+    "full": "free some disk space",
+    "no space": "free some disk space",
+    "disk i/o": "check the disk, its free space and the mount",
+    "readonly": "make the folder and its files writable for this user",
+    "read-only": "make the folder and its files writable for this user",
+    "not permitted": "make the folder and its files writable for this user",
+    "unable to open": "make the folder and its files readable and writable for this user",
+    "locked": "close the other program that has the database open",
+    "malformed": RESTORE,
+    "not a database": RESTORE,
+    "utf-8": RESTORE,
+}
+
+
+class RecordDisk(diskcache.Disk):  # type: ignore[misc]
+    """Text keys and JSON text values, in the database only. Nothing is ever unpickled."""
+
+    def put(self, key: Any) -> tuple[str, bool]:
+        """The key as it is stored."""
+        if not isinstance(key, str):
+            raise TypeError(f"history keys are texts, got {shown(key)}")
+        return key, True
+
+    def get(self, key: Any, raw: Any) -> str:
+        """The key as it was given to `put`."""
+        if not raw or not isinstance(key, str):
+            raise HistoryError(f"history row {shown(key)} has no text key: {RESTORE}")
+        return key
+
+    def store(
+        self, value: Any, read: bool, key: Any = diskcache.UNKNOWN
+    ) -> tuple[int, int, None, str]:
+        """The value as JSON text, whatever its size."""
+        if read:
+            raise TypeError("history values are records, not files")
+        return 0, diskcache.core.MODE_RAW, None, orjson.dumps(value).decode()
+
+    def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
+        """The value of a row that `store` wrote.
+
+        Raises:
+            HistoryError: it wrote no such row; the value was not looked at.
+        """
+        plain = mode == diskcache.core.MODE_RAW and filename is None and isinstance(value, str)
+        if not plain or read:
+            raise HistoryError(
+                f"history row of mode {shown(mode)} was not written by this app and was not "
+                f"read: {RESTORE}"
+            )
+        try:
+            return orjson.loads(value)
+        except orjson.JSONDecodeError as error:
+            raise HistoryError(f"history row is no JSON ({error}): {RESTORE}") from error
+
+
+def request_row(key: RequestKey) -> str:
+    """Key of the row that (owner, request_id) has; JSON, so that no two pairs share one."""
+    return REQUEST + orjson.dumps(key).decode()
+
+
+def check_nothing_left(data_dir: Path, path: Path) -> None:
+    """Whether a folder without a history never had one.
+
+    Raises:
+        HistoryError: it has videos.
+    """
+    if any((data_dir / "videos").glob("*.mp4")) or any((data_dir / "withheld").glob("*.mp4")):
+        raise HistoryError(
+            f"{path} is missing, and there are videos: to bring back a backup, or at least what the"
+            f" videos tell of themselves: python -m mochi_app.store restore; {BEGIN}"
+        )
+
+
+@contextlib.contextmanager
+def garbage_collection_paused() -> Iterator[None]:
+    """For building many objects that stay: halves the time, as nothing is walked over and over."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def explained(what: str, mend: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Turn errors of disk and database into `HistoryError`, after `mend`: what could not be done,
+    what the disk said, what to do."""
+    try:
+        yield
+    except (sqlite3.Error, diskcache.Timeout, OSError) as error:
+        mend()
+        cause: BaseException = error
+        while isinstance(cause.__context__, sqlite3.Error | OSError):
+            cause = cause.__context__  # diskcache hides the first error behind its own
+        said = str(cause) or "database is locked"
+        advice = [do for found, do in ADVICE.items() if found in said.lower()]
+        raise HistoryError(
+            f"cannot {what}: {said}; "
+            f"{advice[0] if advice else 'check the disk and the permissions of the folder'}"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Sentinel:
+    """What `store.json` says: identity, jobs at the last start or end, changes ever made, whether
+    a server serves it that has not begun to end."""
+
+    store: str | None = None
+    jobs: int | None = None
+    writes: int = 0
+    serving: bool = False
+
+    @classmethod
+    def read(cls, folder: Path) -> Sentinel | None:
+        """That of a history's folder: an empty one when it is damaged, None when there is none."""
+        try:
+            said = orjson.loads((folder / SENTINEL).read_bytes())
+            store, jobs, writes = said["store"], said.get("jobs"), said.get("writes", 0)
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return cls()
+        good = isinstance(store, str) and isinstance(jobs, int | None) and isinstance(writes, int)
+        return cls(store, jobs, writes, said.get("serving") is True) if good else cls()
+
+    def content(self) -> bytes:
+        """The file's content, always of one length."""
+        said = {
+            "store": self.store,
+            "jobs": self.jobs,
+            "writes": self.writes,
+            "serving": self.serving,
+        }
+        return orjson.dumps(said).ljust(SENTINEL_BYTES) + b"\n"
+
+
+def checksum(key: str, value: str) -> int:
+    """Of a row, kept in its `tag`: SQLite itself does not notice a changed byte of a value."""
+    return zlib.crc32(value.encode(), zlib.crc32(key.encode()))
+
+
+def check_pages(database: sqlite3.Connection, path: Path) -> None:
+    """Whether the file's structure is sound.
+
+    Raises:
+        HistoryError: it is not; the message tells what SQLite found.
+    """
+    found = [" ".join(said.split()) for (said,) in database.execute("PRAGMA quick_check(5)")]
+    if found != ["ok"]:
+        raise HistoryError(f"{path} is damaged ({'; '.join(found)}): {RESTORE}")
+
+
+def check_counts(database: sqlite3.Connection, path: Path) -> None:
+    """Whether no row has gone missing from table or index, as a stale page would make it.
+
+    Raises:
+        HistoryError: one has.
+    """
+    ((kept, stored, indexed),) = database.execute(
+        "SELECT (SELECT value FROM Settings WHERE key = 'count'),"
+        " (SELECT count(*) FROM Cache NOT INDEXED),"
+        " (SELECT count(*) FROM Cache INDEXED BY Cache_key_raw)"
+    )
+    if not kept == stored == indexed:
+        raise HistoryError(
+            f"{path} is damaged ({stored} rows and {indexed} in its index, {kept} were written):"
+            f" {RESTORE}"
+        )
+
+
+def has_tables(database: sqlite3.Connection) -> bool:
+    """Whether this is a history, or nothing yet."""
+    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+    return {"Cache", "Settings"} <= tables
+
+
+def read_rows(
+    database: sqlite3.Connection, folder: Path, which: str, *keys: str
+) -> Iterator[tuple[str, Any]]:
+    """Keys and values of the rows that the SQL condition `which` selects, by key.
+
+    Raises:
+        HistoryError: a row is not as it was written.
+    """
+    disk = RecordDisk(str(folder))
+    select = f"SELECT key, raw, mode, filename, value, tag FROM Cache WHERE {which} ORDER BY key"
+    for key, raw, mode, filename, value, tag in database.execute(select, keys):
+        name, content = disk.get(key, raw), disk.fetch(mode, filename, value, False)
+        if tag is not None and tag != checksum(name, value):
+            raise HistoryError(f"history row {shown(key)} was changed on the disk: {RESTORE}")
+        yield name, content
+
+
+def read_meta(database: sqlite3.Connection, folder: Path) -> Record:
+    """Identity of the store and its count of changes; {} when it has none.
+
+    Raises:
+        HistoryError: the row is not as it was written.
+    """
+    meta = dict(read_rows(database, folder, "key = ?", META)).get(META)
+    return meta if isinstance(meta, dict) and isinstance(meta.get("store"), str) else {}
+
+
+def uptime_of(meta: Record) -> float:
+    """The uptime that was written down last; 0 when none was."""
+    said = meta.get("uptime")
+    return float(said) if isinstance(said, int | float) else 0.0
+
+
+def read_jobs(database: sqlite3.Connection, folder: Path) -> JobIndex:
+    """Every job of the store.
+
+    Raises:
+        HistoryError: one cannot be read, or some are missing.
+    """
+    check_counts(database, folder / DATABASE)
+    rows = read_rows(database, folder, "key >= ? AND key < ?", JOB, JOB_END)
+    with garbage_collection_paused():
+        return JobIndex(read_job(key, record) for key, record in rows)
+
+
+def read_job(key: str, record: Any) -> Job:
+    """The job of one row.
+
+    Raises:
+        HistoryError: it is none, or of a later version.
+    """
+    try:
+        if not isinstance(record, dict) or JOB + str(record.get("id")) != key:
+            raise ValueError("it is no record of that job")
+        return Job.from_record(record)
+    except ValueError as error:
+        raise HistoryError(
+            f"history row {shown(key)} cannot be read: {error}; use the version that wrote "
+            f"it, or {RESTORE}"
+        ) from error
+
+
+def check_whole(meta: Record, sentinel: Sentinel | None, path: Path) -> None:
+    """Whether a database with this `meta` is the folder's own, with all of its changes.
+
+    Raises:
+        HistoryError: it is missing, empty, another one, or lacks its newest changes.
+    """
+    if sentinel is None:
+        return
+    if not meta or sentinel.store not in (None, meta["store"]):
+        jobs = "some" if sentinel.jobs is None else sentinel.jobs
+        raise HistoryError(
+            f"{path} is missing, empty, or not the history that was here (of {jobs} jobs):"
+            f" {RESTORE}; {BEGIN}"
+        )
+    lacking = sentinel.writes - meta.get("writes", 0)
+    if lacking > 0:
+        raise HistoryError(
+            f"{path} lacks the newest {lacking} changes: its {path.name}-wal is lost or damaged;"
+            f" put that file back, or keep what is left and the newest backup's, whichever has"
+            f" more: python -m mochi_app.store restore"
+        )

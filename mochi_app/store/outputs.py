@@ -1,0 +1,202 @@
+"""Whether the folders below the data folder can be used: looked at every second.
+
+While one that a video needs cannot, no job is begun and what is finished waits (`filing.py`): that
+is the disk's trouble, and no job's. It is over when the folder is good again, which is noticed
+here; a folder that was simply removed is made again. What an operation met that a look does not see
+(a disk with errors) is kept in mind until a file can be written to every folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import stat
+from pathlib import Path
+
+from mochi_app.changes import Pulse
+from mochi_app.disk_errors import reason_of
+from mochi_app.errors import HistoryError
+from mochi_app.files import sync
+from mochi_app.store.history import History
+from mochi_app.store.media import FOLDERS, TEMPORARY_PREFIX, MediaStore
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+NEEDED = ("videos", "posters", "scratch")  # and the slots' folders in the last
+VIDEOS = ("videos", "withheld")
+PROBE = f"{TEMPORARY_PREFIX}probe"
+
+Places = dict[str, tuple[int, int]]  # device and inode, by the folder's name
+
+
+class Outputs:
+    """The folders of one data folder, and why they cannot be used. Used on one event loop."""
+
+    def __init__(self, media: MediaStore, history: History, changed: Pulse, slots: int) -> None:
+        self.warnings: list[str] = []  # of folders that no video needs
+        self._media = media
+        self._history = history
+        self._changed = changed
+        self._names = (*FOLDERS, *(f"scratch/{slot}" for slot in range(slots)))
+        self._folders = {name: media.data_dir / name for name in self._names}
+        self._first = self._before = self._places()
+        self._looked: str | None = None  # what the last look found
+        self._met: str | None = None  # what an operation met since a file could be written
+        self._waiting: dict[str, str] = {}  # why finished videos are not in place, by job id
+        self._told: str | None = None
+        self._recounted = False
+        self._looking = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why no video could be kept now."""
+        return self.problem_of_folders or next(iter(self._waiting.values()), None)
+
+    @property
+    def problem_of_folders(self) -> str | None:
+        """As `problem`, but for finished videos that wait."""
+        return self._looked or self._met
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._task = asyncio.create_task(self._watch(), name="outputs")
+
+    async def stop(self) -> None:
+        """Look no more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        while True:
+            await self.look()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def met(self, reason: str) -> None:
+        """A video could not be written, for this reason."""
+        self._met = f"a video could not be written: {reason}"
+        self._tell()
+
+    def wait(self, job_id: str, reason: str) -> None:
+        """A finished video waits to be put into place, for this reason, until `filed`."""
+        self._waiting[job_id] = f"a finished video cannot be put into place: {reason}"
+        self._tell()
+
+    def filed(self, job_id: str) -> None:
+        """The job's video does not wait any more."""
+        self._waiting.pop(job_id, None)
+        self._tell()
+
+    async def look(self) -> bool:
+        """Look at every folder; whether all that a video needs are good, as far as that shows.
+
+        Touches nothing while the history is not the one that this server opened: then the folders
+        beside it are not, either.
+        """
+        async with self._looking:
+            thorough = self._met is not None or bool(self._waiting)
+            met = self._met
+            try:
+                await self._history.check()
+                problems = await asyncio.to_thread(self._look, thorough)
+            except HistoryError:
+                return False
+            except OSError as error:
+                problems = {NEEDED[0]: reason_of(error)}
+            needed = [name for name in problems if name.split("/")[0] in NEEDED]
+            self._looked = told(needed[0], problems[needed[0]]) if needed else None
+            self.warnings = [told(name, problems[name]) for name in problems if name not in needed]
+            if thorough and not needed and self._met == met:
+                self._met = None
+            self._tell()
+            return not needed
+
+    def _look(self, thorough: bool) -> dict[str, str]:
+        """Why folders cannot be used, by their names; those that are gone are made again."""
+        problems = {}
+        for name, folder in self._folders.items():
+            try:
+                if not os.path.lexists(folder):
+                    folder.mkdir()
+                    log.warning("the folder %s was gone and is made again", name)
+                require_usable(folder, self._first.get(name), thorough)
+            except OSError as error:
+                problems[name] = reason_of(error)
+        places = {name: place for name, place in self._places().items() if name not in problems}
+        others = any(places.get(name) != self._before.get(name) for name in VIDEOS)
+        if others and all(name in places for name in VIDEOS):
+            self._media.recount()
+            self._recounted = True
+        self._before = places
+        return problems
+
+    def _places(self) -> Places:
+        places = {}
+        for name, folder in self._folders.items():
+            with contextlib.suppress(OSError):
+                found = folder.stat()
+                places[name] = found.st_dev, found.st_ino
+        return places
+
+    def _tell(self) -> None:
+        """Log and show what has changed."""
+        if self._recounted:
+            self._recounted = False
+            self._changed.beat()
+        if self.problem == self._told:
+            return
+        if self.problem is None:
+            log.info("videos can be kept again")
+        else:
+            log.error("no job is started: %s", self.problem)
+        self._told = self.problem
+        self._changed.beat()
+
+
+def told(name: str, reason: str) -> str:
+    """What is wrong with a folder, for people."""
+    return f"the folder {name} cannot be used: {reason}"
+
+
+def require_usable(folder: Path, first: tuple[int, int] | None, thorough: bool) -> None:
+    """See that files can be made in the folder, and that they will be found again.
+
+    `first` is the folder's device, and inode, at the start of the server. `thorough` writes a file,
+    and does not take the system's word for it.
+
+    Raises:
+        OSError: they cannot.
+    """
+    found = folder.stat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if thorough or not os.access(folder, os.W_OK | os.X_OK):
+        try_writing(folder)
+    if first is not None and found.st_dev != first[0]:
+        raise OSError(
+            errno.EXDEV,
+            "it is on another disk than when the server started: mount that one again, or restart"
+            " the server",
+        )
+
+
+def try_writing(folder: Path) -> None:
+    """Make a small file in the folder, see it to the disk, remove it.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    probe = folder / PROBE
+    try:
+        with probe.open("wb") as file:
+            file.write(b"probe")
+            file.flush()
+            sync(file.fileno())
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Jobs and what becomes of them: intake, scheduling, runs, recovery, retention."""

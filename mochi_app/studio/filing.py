@@ -1,0 +1,101 @@
+"""A finished video waits for its folder: what was computed is not lost because the disk refuses.
+
+Not here: the steps that put it into place, and who notices that the folders are good again
+(`media.py` and `outputs.py` of the store).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from mochi_app.disk_errors import reason_of, unusable
+from mochi_app.errors import without_folders
+from mochi_app.messages import Done
+from mochi_app.slots.slot import JobCancelled
+from mochi_app.store.history import History
+from mochi_app.store.media import MediaGone, MediaStore
+from mochi_app.store.outputs import Outputs
+from mochi_app.studio.live import Live
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 1.0
+# How long one file may be refused by folders that take others: then it is this file's own trouble
+PATIENCE_SECONDS = 300.0
+
+
+class Unfiled(Exception):
+    """The server stops, and a finished video is left in scratch: the next start files it."""
+
+
+class Filing:
+    """Puts finished videos into place. `make_room` is told their bytes before."""
+
+    def __init__(
+        self,
+        history: History,
+        media: MediaStore,
+        outputs: Outputs,
+        *,
+        make_room: Callable[[int], Awaitable[None]],
+        stopping: Callable[[], bool],
+    ) -> None:
+        self._history = history
+        self._media = media
+        self._outputs = outputs
+        self._make_room = make_room
+        self._stopping = stopping
+
+    async def file(self, job_id: str, slot: int, done: Done, live: Live) -> tuple[str, str]:
+        """Put the video that the rank of `slot` has finished into place, as soon as the folders can
+        be used; names of video and poster.
+
+        Raises:
+            JobCancelled: while it had to wait.
+            Unfiled: the server stops meanwhile.
+            MediaError, OSError: it cannot be kept, and the folders are not to blame.
+        """
+        refused_since: float | None = None
+        try:
+            while True:
+                if await self._outputs.look():
+                    try:
+                        return await self._file(job_id, slot, done)
+                    except (MediaGone, OSError) as error:
+                        refused_since = refused_since or time.monotonic()
+                        late = time.monotonic() - refused_since > PATIENCE_SECONDS
+                        if late or not await self._is_to_wait(error):
+                            raise
+                        reason = str(error) if isinstance(error, MediaGone) else reason_of(error)
+                else:
+                    refused_since = None
+                    reason = self._history.problem or self._outputs.problem_of_folders or ""
+                if self._stopping():
+                    raise Unfiled(reason)
+                if live.cancel_requested:
+                    raise JobCancelled
+                self._wait(job_id, live, without_folders(reason))
+                await asyncio.sleep(RETRY_SECONDS)
+        finally:
+            live.waits_for = None
+            self._outputs.filed(job_id)
+
+    async def _is_to_wait(self, error: Exception) -> bool:
+        """Whether it is the folders' trouble that a video could not be put into place."""
+        if isinstance(error, MediaGone):  # for good, if its folder is the right one
+            return not await self._outputs.look()
+        return unusable(error)
+
+    async def _file(self, job_id: str, slot: int, done: Done) -> tuple[str, str]:
+        size = await asyncio.to_thread(self._media.scratch_size, slot, done.video)
+        await self._make_room(size)
+        return await asyncio.to_thread(self._media.finalise, job_id, slot, done.video, done.poster)
+
+    def _wait(self, job_id: str, live: Live, reason: str) -> None:
+        if live.waits_for is None:
+            log.error("job %s: its finished video waits: %s", job_id, reason)
+        live.waits_for = reason
+        self._outputs.wait(job_id, reason)

@@ -1,0 +1,1 @@
+"""The weights of a model on this box: found, downloaded once, checked."""

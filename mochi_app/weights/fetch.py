@@ -1,0 +1,89 @@
+"""The parent's side of the download: starts the command, hears its events, ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mochi_app.child_process import _end, _ending, _keep_stderr, _spawn, log
+from mochi_app.weights.events import Done, Event, Failure, Notice, Progress, WeightsError, decode
+from mochi_app.weights.files import PartTypes
+
+SILENCE_SECONDS = 180.0  # the command reports every BEAT_SECONDS
+WEIGHTS_COMMAND: tuple[str, ...] = (sys.executable, "-m", "mochi_app.weights")
+
+
+# The parent's side
+
+
+async def fetch_weights(
+    model: str,
+    types: PartTypes,
+    on_progress: Callable[[Progress], None],
+    command: Sequence[str] = WEIGHTS_COMMAND,
+    silence: float = SILENCE_SECONDS,
+) -> Path:
+    """Run the command as a child and return the folder; a cancel kills the child.
+
+    `on_progress` is called on the loop; notices go to the log. A child that says nothing for
+    `silence` seconds is killed. Must run on the loop's own thread: the death signal that the child
+    asks for follows the thread.
+
+    Raises:
+        WeightsError: as the child says, or because it died or hung.
+        OSError: it could not be started.
+    """
+    asked = ["--model", _absolute(model), "--dtype", types.transformer]
+    asked += ["--text-dtype", types.text_encoder, "--vae-dtype", types.vae]
+    process = await _spawn(*command, *asked)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    tail: deque[str] = deque(maxlen=1)
+    listening = asyncio.create_task(_keep_stderr(process.stderr, tail))
+    outcome: Event | None = None
+    try:
+        while line := await _line(process.stdout, silence):
+            outcome = _take(line, on_progress) or outcome
+        await process.wait()
+        await listening
+    except TimeoutError:
+        raise WeightsError(
+            f"the download process (pid {process.pid}) said nothing for {silence:g} seconds: "
+            "check the disk of the cache and the network",
+            retry=True,
+        ) from None
+    finally:
+        listening.cancel()
+        await _end(process)
+    if isinstance(outcome, Done) and process.returncode == 0:
+        return Path(outcome.folder)
+    if isinstance(outcome, Failure):
+        raise WeightsError(outcome.error, outcome.retry)
+    raise WeightsError(_ending(process, tail), retry=True)
+
+
+async def _line(stream: asyncio.StreamReader, seconds: float) -> bytes:
+    """The next line; raises TimeoutError."""
+    async with asyncio.timeout(seconds):
+        return await stream.readline()
+
+
+def _absolute(model: str) -> str:
+    """A folder by its full path, since the child has a working directory of its own."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
+
+
+def _take(line: bytes, on_progress: Callable[[Progress], None]) -> Event | None:
+    """Hand on what a line says; the event if it is the last one."""
+    event = decode(line)
+    if isinstance(event, Progress):
+        on_progress(event)
+    elif isinstance(event, Notice):
+        log.warning("%s", event.text)
+    elif event is None:
+        log.info("weights: %s", line.decode("utf-8", "backslashreplace").rstrip())
+    return event if isinstance(event, Done | Failure) else None
