@@ -89,9 +89,9 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
         tickets = Tickets(
             app,
             ticket_secret,
-            lambda: studio.tickets_needed,
+            lambda: studio.dispatch.tickets_needed,
             studio.changed,
-            starving=lambda: studio.starving,
+            starving=lambda: studio.dispatch.starving,
             on_stall=queue.restart,
         )
         studio.checks.append(lambda: tickets.problem)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
 
-from mochi_app.request import DEFAULT_SCHEDULE, Conflict, GenerationRequest, refuse, shown
+from mochi_app.callers import ANONYMOUS, Caller
+from mochi_app.request import DEFAULT_SCHEDULE, Conflict, GenerationRequest, NotYours, refuse, shown
 
 SCHEMA = 1
 MAX_NOTE_CHARS = 2000
@@ -222,3 +223,19 @@ def evicted(job: Job) -> Job:
     """Without its video from now on, unless it was starred or deleted meanwhile."""
     kept = job.starred or job.deleted_at is not None
     return job if kept else replace(job, evicted_at=time.time())
+
+
+def require_own(job: Job, by: Caller, act: str) -> None:
+    """See that the job is the caller's to `act` on.
+
+    Raises:
+        NotYours: it is not; the message says whose it is, and who can.
+    """
+    if by.owns(job.owner):
+        return
+    if job.owner.startswith(ANONYMOUS):
+        raise NotYours(
+            f"job {job.id} was asked for in another browser: {act} it there, or have an admin,"
+            " or the holder of MOCHI_API_TOKEN, do it"
+        )
+    raise NotYours(f"job {job.id} is {job.owner}'s: only {job.owner} or an admin can {act} it")

@@ -169,7 +169,7 @@ async def take_turns(studio: Studio, enabled: bool = True) -> None:
     async def one_after_another() -> None:
         while not studio.stopping:
             count = studio.changed.count
-            if await studio.engine_turn() is None:
+            if await studio.dispatch.engine_turn() is None:
                 await studio.changed.after(count)
 
     if enabled:

@@ -87,7 +87,8 @@ async def test_what_was_long_in_the_trash_goes_whatever_the_clock_says(
         studio = await make_studio()
     assert studio.history.uptime >= 23 * 3600
     studio.history._store._clock = lambda: time.monotonic() + 3700
-    assert await studio.shelf.empty_trash(older_than_hours=24) == 1
+    await studio.shelf.empty_trash(older_than_hours=24)  # unless the janitor was first
+    assert studio.history.get(job.id) is None
 
 
 async def test_what_an_earlier_version_put_into_the_trash_begins_to_count_now(

@@ -12,8 +12,8 @@ import pytest
 from mochi_app.jobs import Job, JobStatus
 from mochi_app.request import RequestError
 from mochi_app.store.media import MediaStore
+from mochi_app.studio import dispatch as module
 from mochi_app.studio import runs
-from mochi_app.studio import studio as module
 from mochi_app.studio.disk_space import MARGIN, size, video_bytes
 from mochi_app.studio.studio import Studio
 from tests.conftest import eventually
@@ -60,7 +60,7 @@ async def test_a_job_waits_for_room_and_says_so(make_studio: MakeStudio, disk: D
     assert reason == "the disk has 5 MiB free, this video needs 256 MiB"
     health = await eventually(lambda: (told := studio.health())["reasons"] and told)
     assert (health["ok"], health["reasons"]) == (False, [reason])
-    assert not studio.starving
+    assert not studio.dispatch.starving
     disk.free = MARGIN + EACH
     done = await ended(studio, job)
     assert (done.status, done.attempts) == (JobStatus.COMPLETED, 1)

@@ -349,13 +349,13 @@ async def test_cancels_at_any_moment_leave_one_end_and_a_working_slot(
         assert there == (job.status is JobStatus.COMPLETED), job.status
     last = await ended(studio, await studio.submit(prompt="p"))
     assert last.status is JobStatus.COMPLETED
-    await eventually(lambda: studio.tickets_needed == 0)
+    await eventually(lambda: studio.dispatch.tickets_needed == 0)
 
 
 async def test_a_turn_that_is_cancelled_does_not_touch_the_run(make_studio: MakeStudio) -> None:
     studio = await make_studio(turns=False)
     job = await studio.submit(prompt="slow", num_inference_steps=10)
-    turn = asyncio.create_task(studio.engine_turn())
+    turn = asyncio.create_task(studio.dispatch.engine_turn())
     await running(studio, job)
     turn.cancel()
     assert (await ended(studio, job)).status is JobStatus.COMPLETED
@@ -364,12 +364,12 @@ async def test_a_turn_that_is_cancelled_does_not_touch_the_run(make_studio: Make
 async def test_a_run_whose_ticket_is_gone_asks_for_no_other(make_studio: MakeStudio) -> None:
     studio = await make_studio(turns=False)
     job = await studio.submit(prompt="slow", num_inference_steps=400)
-    turn = asyncio.create_task(studio.engine_turn())
+    turn = asyncio.create_task(studio.dispatch.engine_turn())
     await running(studio, job)
-    assert studio.tickets_needed == 1
+    assert studio.dispatch.tickets_needed == 1
     turn.cancel()
     await asyncio.gather(turn, return_exceptions=True)
-    assert studio.tickets_needed == 0
+    assert studio.dispatch.tickets_needed == 0
     await studio.cancel(job.id)
     assert (await ended(studio, job)).status is JobStatus.CANCELLED
 
@@ -393,17 +393,17 @@ async def test_a_cancel_of_a_job_whose_slot_just_died_is_kept(
 
 async def test_a_turn_without_work_ends_at_once(make_studio: MakeStudio) -> None:
     studio = await make_studio(turns=False)
-    assert await asyncio.wait_for(studio.engine_turn(), 1) is None
+    assert await asyncio.wait_for(studio.dispatch.engine_turn(), 1) is None
 
 
 async def test_tickets_needed_follow_the_work_up_to_one_more_than_the_slots(
     make_studio: MakeStudio,
 ) -> None:
     studio = await make_studio(turns=False, slots="cpu;cpu")
-    needed = [studio.tickets_needed]
+    needed = [studio.dispatch.tickets_needed]
     for _ in range(5):
         await studio.submit(prompt="p")
-        needed.append(studio.tickets_needed)
+        needed.append(studio.dispatch.tickets_needed)
     assert needed == [0, 1, 2, 3, 3, 3]
 
 
@@ -496,7 +496,7 @@ async def test_a_cancel_outlives_its_server(make_studio: MakeStudio, where: JobS
     if where is JobStatus.PENDING:
         await studio.history.update(job.id, lambda job: job.moved(where))
         studio.live.release(job.id)
-        assert studio.waiting == []
+        assert studio.dispatch.waiting == []
     await close_studio(studio)
     again = await make_studio()
     ended = again.status(job.id)
@@ -850,11 +850,11 @@ async def test_a_stop_ends_a_janitor_that_was_called_at_that_moment(
     make_studio: MakeStudio, turns_of_the_loop: int
 ) -> None:
     studio = await make_studio("never", turns=False)
-    await eventually(lambda: studio._housework._waiters, "a janitor that waits")
-    studio._housework.set()
+    await eventually(lambda: studio.janitor._called._waiters, "a janitor that waits")
+    studio.janitor.call()
     for _ in range(turns_of_the_loop):
         await asyncio.sleep(0)
-    janitor, studio._janitor = studio._janitor, None
+    janitor = studio.janitor._task
     assert janitor is not None
     janitor.cancel()
     await asyncio.wait([janitor], timeout=5)
@@ -893,7 +893,7 @@ async def test_two_cancels_at_once_are_one(
         if not refused.is_set():
             refused.set()
             raise HistoryError("the disk is full")
-        assert job_id not in [one.id for one in studio.waiting]
+        assert job_id not in [one.id for one in studio.dispatch.waiting]
         return await update(job_id, change)
 
     monkeypatch.setattr(studio.history, "update", first_refuses)

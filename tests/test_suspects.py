@@ -85,7 +85,7 @@ async def test_three_deaths_of_the_server_hold_a_job(make_studio: MakeStudio) ->
         found = studio.find(job.id)
         assert (found.status, found.server_deaths, found.held) == ("PENDING", deaths, None)
         assert (found.suspect, found.attempts) == (True, 0)
-        assert [one.id for one in studio.waiting] == [job.id]
+        assert [one.id for one in studio.dispatch.waiting] == [job.id]
     await died_with(studio, job)
     studio = await make_studio()
     found = studio.find(job.id)
@@ -108,7 +108,11 @@ async def test_a_held_job_takes_no_turn_and_no_place(make_studio: MakeStudio) ->
     studio = await held(make_studio, max_pending=1)
     job = only(studio)
     await eventually(lambda: studio.pool.ready_slot() is not None, "a slot")
-    assert (studio.waiting, studio.tickets_needed, studio.starving) == ([], 0, False)
+    assert (studio.dispatch.waiting, studio.dispatch.tickets_needed, studio.dispatch.starving) == (
+        [],
+        0,
+        False,
+    )
     assert studio.health()["ok"]
     view = studio.status(job.id)
     assert (view["position"], view["eta_seconds"], view["waits_for"]) == (None, None, None)
@@ -190,9 +194,9 @@ async def test_suspects_run_one_at_a_time_and_nothing_beside_them(make_studio: M
     ]
     await died_with(studio, first, second)
     studio = await make_studio(turns=False, slots="cpu;cpu")
-    assert [job.server_deaths for job in studio.waiting] == [1, 1, 0]
+    assert [job.server_deaths for job in studio.dispatch.waiting] == [1, 1, 0]
     await eventually(lambda: studio.pool.ready_or_busy == 2)
-    turns = [asyncio.create_task(studio.engine_turn()) for _ in range(3)]
+    turns = [asyncio.create_task(studio.dispatch.engine_turn()) for _ in range(3)]
     seen = set()
 
     def running() -> tuple[str, ...]:
@@ -200,7 +204,7 @@ async def test_suspects_run_one_at_a_time_and_nothing_beside_them(make_studio: M
 
     while not all(turn.done() for turn in turns):
         seen.add(running())
-        assert not studio.starving or len(running()) == 0
+        assert not studio.dispatch.starving or len(running()) == 0
         await asyncio.sleep(0.005)
     assert seen - {()} == {(first.id,), (second.id,), (innocent.id,)}
     assert studio.history.count(JobStatus.COMPLETED) == 3

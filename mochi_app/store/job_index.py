@@ -25,7 +25,7 @@ from mochi_app.request import refuse, text, whole
 
 MAX_PAGE = 10**9
 MAX_PAGE_SIZE = 100
-MAX_QUERY_CHARS = 500
+MAX_QUERY_CHARS = 200
 
 # Scripts written without spaces are searched by character, everything else by word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"

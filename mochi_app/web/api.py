@@ -319,7 +319,7 @@ class Api:
         given = request.headers.get(SECRET_HEADER, "")
         if not hmac.compare_digest(given.encode(), self._ticket_secret.encode()):
             raise Refused("engine_turn is the app's own: use submit_job")
-        return await self._studio.engine_turn()
+        return await self._studio.dispatch.engine_turn()
 
 
 def describe(view: dict[str, Any]) -> str:

@@ -1,0 +1,187 @@
+"""Which job runs on which slot, and when: a granted ticket brings a ready slot and a job together.
+
+Gradio's queue decides how many turns there are at a time; which job each of them takes is decided
+here, by `scheduling.py`, and what the run comes to is the pool's and that of `runs.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from mochi_app.changes import Pulse
+from mochi_app.disk_errors import reason_of
+from mochi_app.errors import without_folders
+from mochi_app.jobs import Job, JobStatus
+from mochi_app.logs import about
+from mochi_app.slots.pool import Pool, SupervisedSlot
+from mochi_app.slots.slot import Slot
+from mochi_app.store.history import History
+from mochi_app.store.outputs import Outputs
+from mochi_app.studio import scheduling
+from mochi_app.studio.disk_space import Room
+from mochi_app.studio.live import LiveJobs
+from mochi_app.studio.retention import Shelf
+
+log = logging.getLogger(__name__)
+
+ROOM_SECONDS = 2.0  # between looks at a disk that is too full for the next job
+
+
+class Dispatch:
+    """The waiting jobs, and the turns that run them.
+
+    `execute` runs a claimed job on a leased slot (`Runs.execute`); `usual_volume` is the pixels ×
+    frames of a video of the usual size; `stopping` says whether the server is.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        pool: Pool,
+        *,
+        live: LiveJobs,
+        disk: Room,
+        outputs: Outputs,
+        shelf: Shelf,
+        changed: Pulse,
+        execute: Callable[[Slot, Job], Coroutine[Any, Any, bool]],
+        usual_volume: int,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.withdrawn: Counter[str] = Counter()  # by job id: cancels that are being written
+        self._history = history
+        self._pool = pool
+        self._live = live
+        self._disk = disk
+        self._outputs = outputs
+        self._shelf = shelf
+        self._changed = changed
+        self._execute = execute
+        self._usual_volume = usual_volume
+        self._stopping = stopping
+        self._turns = 0  # tickets that see a run to its end
+
+    @property
+    def waiting(self) -> list[Job]:
+        """Jobs that wait for a slot, oldest first. A held one does not: it waits for a person."""
+        taken = self._live.claimed | self.withdrawn.keys()
+        pending = self._history.with_status(JobStatus.PENDING)
+        able = (job for job in pending if job.held is None and not job.cancel_requested)
+        return [job for job in able if job.id not in taken]
+
+    @property
+    def tickets_needed(self) -> int:
+        """How many tickets should be queued or granted now: one for each run that a ticket sees
+        to its end, and for the waiting jobs as many as bring it to one more than the slots."""
+        if self._stopping():
+            return 0
+        return min(len(self.waiting) + self._turns, len(self._pool.slots) + 1)
+
+    async def engine_turn(self) -> str | None:
+        """A granted ticket: wait for a ready slot and a runnable job, and see the run to its end.
+
+        Returns the job's id, None when nothing was left to run. Cancelling the turn does not touch
+        the run.
+        """
+        count = self._changed.count
+        while (pair := await self._next_pair()) is None:
+            if self._stopping() or not self.waiting:
+                return None
+            # Room comes without a word: from outside, or by a video that was smaller than feared.
+            pause = ROOM_SECONDS if self.waits_for_room else None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    count = await self._changed.after(count)
+        slot, job = pair
+        with about(slot=slot.slot.index, job=job.id):
+            run = self._pool.run(slot, lambda slot: self._execute(slot, job))
+        self._turns += 1
+        try:
+            await asyncio.shield(run)
+        finally:
+            self._turns -= 1
+        return job.id
+
+    @property
+    def starving(self) -> bool:
+        """Whether a slot is ready for a job that waits, and no turn brings them together."""
+        ready = self._pool.ready_slot() is not None and not self._stopping()
+        return ready and self._next_job() is not None
+
+    @property
+    def waits_for_room(self) -> str | None:
+        """Why no waiting job can start, though a slot may be ready: the disk."""
+        reason = None
+        for job in self.waiting:
+            if (lack := self.lack(job)) is None:
+                return None
+            reason = reason or lack
+        return reason
+
+    @property
+    def short_of_room(self) -> str | None:
+        """Why the disk would not take a video now, of a job that waits or of the usual size."""
+        if self.waiting:
+            return self.waits_for_room
+        return self._disk.lack_for(self._usual_volume)
+
+    async def _next_pair(self) -> tuple[SupervisedSlot, Job] | None:
+        if self._pool.ready_slot() is None or not self.waiting or self._unusable:
+            return None
+        before = self.waits_for_room
+        while True:
+            try:
+                await self._disk.look()
+            except OSError as error:
+                self._outputs.met(reason_of(error))
+                return None
+            pair = self._claim()
+            short = None if pair else self.waits_for_room
+            if not short or self._unusable or not await self._shelf.purge_next():
+                break
+        if short and not before:
+            log.error("no job is started: %s", short)
+            self._changed.beat()
+        return pair
+
+    def _claim(self) -> tuple[SupervisedSlot, Job] | None:
+        """Choose and claim in one breath: no await in here."""
+        slot = self._pool.ready_slot()
+        if slot is None or self._stopping():
+            return None
+        job = self._next_job()
+        if job is None:
+            return None
+        self._live.claim(job.id)
+        return slot, job
+
+    def _next_job(self) -> Job | None:
+        """The job to start now beside those that run, a ready slot provided."""
+        fitting = [job for job in self.waiting if self.lack(job) is None]
+        estimate, since = self._live.speeds.run_seconds, self._live.waits.since
+        return scheduling.next_job(fitting, estimate, self._running, since)
+
+    @property
+    def _running(self) -> list[Job]:
+        """The claimed jobs."""
+        found = (self._history.get(job_id) for job_id in self._live.claimed)
+        return [job for job in found if job is not None]
+
+    def lack(self, job: Job) -> str | None:
+        """Why the disk does not let a waiting job start beside those that run."""
+        return self._unusable or self._short_for(job)
+
+    @property
+    def _unusable(self) -> str | None:
+        """Why no video could be kept, whatever room there is."""
+        problem = self._history.problem or self._outputs.problem
+        return problem and without_folders(problem)
+
+    def _short_for(self, job: Job) -> str | None:
+        """Why the disk has no room for a waiting job beside those that run."""
+        return self._disk.lack(job, self._running)
