@@ -133,7 +133,7 @@ class TestBackups:
         content = bytearray(path.read_bytes())
         content[40960:49152] = os.urandom(8192)
         path.write_bytes(content)
-        with pytest.raises(HistoryError, match="history restore"):
+        with pytest.raises(HistoryError, match="store restore"):
             make_backup(data)
         assert list((data / "backups").iterdir()) == []
 

@@ -180,7 +180,8 @@ def test_from_prompt_to_comparison_and_back(server: str, open_page: Open) -> Non
     expect(page.locator(PROMPT)).to_be_focused()
     page.keyboard.type("a red circle that only this test asks for")
     page.keyboard.press("Control+Enter")
-    expect(page.locator(f"{TILE} .m-stage")).to_have_text(re.compile(r"step [1-8] of 8"))
+    doing = re.compile(r"step [1-8] of 8|Decoding")  # the steps take a moment
+    expect(page.locator(f"{TILE} .m-stage")).to_have_text(doing)
     preview_id = job_id(page.url)
     expect(page.locator("#mochi-panel .m-prompt")).to_have_text(
         "a red circle that only this test asks for"

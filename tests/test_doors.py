@@ -33,6 +33,7 @@ from mochi_app.store.media import MediaStore
 from mochi_app.studio.studio import Studio
 from mochi_app.web import auth as doors
 from mochi_app.web import middleware as guards
+from mochi_app.web import throttle
 from mochi_app.web.auth import Doors
 from mochi_app.web.throttle import Throttle, address_of
 from mochi_app.web.tickets import SECRET_HEADER
@@ -169,11 +170,11 @@ def test_tries_run_out_and_come_back() -> None:
 
 
 def test_many_addresses_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doors, "MAX_ADDRESSES", 3)
-    throttle = Throttle()
+    monkeypatch.setattr(throttle, "MAX_ADDRESSES", 3)
+    guard = Throttle()
     for number in range(10):
-        throttle.take(str(number))
-    assert len(throttle._spent) == 3
+        guard.take(str(number))
+    assert len(guard._spent) == 3
 
 
 @pytest.mark.parametrize(
@@ -768,7 +769,7 @@ async def test_login_and_logout_in_a_browser(web: Web, auth_file: Path) -> None:
 async def test_guessing_is_slowed_down_and_long_names_are_no_trouble(
     web: Web, auth_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doors, "TRIES", 3)
+    monkeypatch.setattr(throttle, "TRIES", 3)
     monkeypatch.setattr(Throttle.__init__, "__defaults__", (3, 20.0, lambda: 0.0))
     client = (await web(auth_file=auth_file)).client
     statuses = []
