@@ -708,7 +708,8 @@ class TestWriteErrors:
         program = """
             import asyncio, os, sys
             from pathlib import Path
-            from mochi_app.history import History, HistoryError
+            from mochi_app.errors import HistoryError
+            from mochi_app.store.history import History
 
             if os.getuid() == 0:
                 os.setgid(65534), os.setuid(65534)
