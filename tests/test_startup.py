@@ -52,8 +52,11 @@ def run(*words: str, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def test_without_a_temporary_folder_one_line_names_tmpdir(tmp_path: Path) -> None:
-    status, said = run("app.py", **site(tmp_path / "site", NO_TEMPORARY))
+@pytest.mark.parametrize("words", [("app.py",), ("-m", "mochi_app")], ids=" ".join)
+def test_without_a_temporary_folder_one_line_names_tmpdir(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    status, said = run(*words, **site(tmp_path / "site", NO_TEMPORARY))
     assert status == 2
     assert said.count("\n") == 1
     assert "TMPDIR" in said
@@ -103,7 +106,7 @@ def make_a_preview() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("app.py",)]
+    [("app.py",), ("-m", "mochi_app")]
     + [("-m", f"mochi_app.{name}") for name in ("accounts", "history", "engine.rank")],
     ids=" ".join,
 )
