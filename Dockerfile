@@ -10,7 +10,7 @@ WORKDIR /app
 COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt
 
-COPY --chown=mochi:mochi app.py README.md ./
+COPY --chown=mochi:mochi app.py README.md LICENSE ./
 COPY --chown=mochi:mochi mochi_app mochi_app
 COPY --chown=mochi:mochi assets assets
 

@@ -19,7 +19,14 @@ TEMPORARY_SUFFIX = ".rewrite-tmp"
 # that takes no new names, a file system that cannot.
 NO_RENAME = {errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS}
 
-PROJECT_DIR = Path(__file__).resolve().parent.parent
+PACKAGE_DIR = Path(__file__).resolve().parent
+PROJECT_DIR = PACKAGE_DIR.parent  # the checkout, or the folder that the package is installed into
+
+
+def embedded_model() -> Path:
+    """The folder of the tiny model: in an installed package, or beside the one of a checkout."""
+    installed = PACKAGE_DIR / "assets" / "tiny-mochi"
+    return installed if installed.is_dir() else PROJECT_DIR / "assets" / "tiny-mochi"
 
 
 def sync(descriptor: int) -> None:

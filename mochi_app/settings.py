@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from mochi_app.files import PROJECT_DIR
+from mochi_app.files import embedded_model
 
 ENV_PREFIX = "MOCHI_"
 
@@ -162,7 +162,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="ignore")
 
     model: str = Field(
-        default=str(PROJECT_DIR / "assets" / "tiny-mochi"),
+        default=str(embedded_model()),
         min_length=1,
         description="Folder of a MochiPipeline, or a Hub id such as `genmo/mochi-1-preview`. "
         "Default: the embedded tiny model.",

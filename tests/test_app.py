@@ -55,7 +55,8 @@ def test_the_web_process_has_not_imported_torch(app: Served) -> None:
 
 def test_nothing_of_the_web_imports_torch() -> None:
     code = (
-        "import sys, app; bad = {'torch', 'diffusers', 'transformers'} & set(sys.modules);"
+        "import sys, mochi_app.app;"
+        "bad = {'torch', 'diffusers', 'transformers'} & set(sys.modules);"
         "sys.exit(f'imported: {bad}' if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, check=True, timeout=60)

@@ -21,8 +21,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount
 from starlette.types import Message, Receive, Scope, Send
 
-import app
-from mochi_app import accounts, logs
+from mochi_app import accounts, app, logs
 from mochi_app.accounts import Account, Accounts, AccountsError, PasswordHash
 from mochi_app.callers import Caller
 from mochi_app.request import NotYours

@@ -14,6 +14,7 @@ from mochi_app.files import PROJECT_DIR
 # From the top down. A module imports from its own floor and from those below it; what stands side
 # by side on a line knows nothing of each other.
 FLOORS = (
+    {"start"},
     {"web"},
     {"studio"},
     {"store", "slots"},
@@ -21,12 +22,15 @@ FLOORS = (
     {"weights"},
     {"plain"},
 )
+START = {"mochi_app.app", "mochi_app.__main__"}  # the composition root, and what runs it
 APART = "tiny"  # tied to nothing, and nothing to it
 PACKAGE = PROJECT_DIR / "mochi_app"
 
 
 def floor_of(module: str) -> str:
-    """The floor of a dotted name: the folder, or plain data."""
+    """The floor of a dotted name: the composition root, the folder, or plain data."""
+    if any(module == name or module.startswith(f"{name}.") for name in START):
+        return "start"
     parts = module.split(".")
     return parts[1] if len(parts) > 1 and (PACKAGE / parts[1]).is_dir() else "plain"
 

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from mochi_app import accounts
+from mochi_app.files import PROJECT_DIR
 from tests.serving import DEADLINE, Served
+from tests.test_docs import code
 
 FOLDER = Path(__file__).parent / "js"
 TOKEN = "the token of this test's machine"
@@ -87,3 +89,24 @@ def test_it_says_clearly_who_stays_outside(
     node: str, served: Served, known: tuple[str, ...], told: str
 ) -> None:
     assert run(node, served.url, *known) == {"error": told}
+
+
+def test_the_example_of_the_api_document_runs(node: str, served: Served) -> None:
+    example = code(PROJECT_DIR / "docs" / "api.md", "javascript", "JavaScript")
+    known = json.dumps(["ann", "ann's pässword"])
+    program = example.replace("http://127.0.0.1:7860", served.url).replace(
+        "{ events:", f"{{ auth: {known}, events:"
+    )
+    done = subprocess.run(
+        [node, "--input-type=module", "--eval", program],
+        cwd=FOLDER,
+        capture_output=True,
+        text=True,
+        timeout=2 * DEADLINE,
+    )
+    assert done.returncode == 0, done.stderr
+    status, *progress, video = done.stdout.splitlines()
+    assert status in ("PENDING", "PROCESSING", "COMPLETED")
+    assert all(": step " in line for line in progress), done.stdout
+    assert f"{served.url}/" in video
+    assert ".mp4" in video

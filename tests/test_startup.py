@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mochi_app import __version__
 from mochi_app.files import PROJECT_DIR
 from tests.serving import Served
 
@@ -52,12 +53,24 @@ def run(*words: str, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def test_without_a_temporary_folder_one_line_names_tmpdir(tmp_path: Path) -> None:
-    status, said = run("app.py", **site(tmp_path / "site", NO_TEMPORARY))
+@pytest.mark.parametrize("words", [("app.py",), ("-m", "mochi_app")], ids=" ".join)
+def test_without_a_temporary_folder_one_line_names_tmpdir(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    status, said = run(*words, **site(tmp_path / "site", NO_TEMPORARY))
     assert status == 2
     assert said.count("\n") == 1
     assert "TMPDIR" in said
     assert "/nowhere/tmp" in said
+
+
+@pytest.mark.parametrize("words", [("app.py",), ("-m", "mochi_app")], ids=" ".join)
+def test_words_on_the_command_line_start_no_server(words: tuple[str, ...]) -> None:
+    assert run(*words, "--version") == (0, f"mochi-studio {__version__}\n")
+    status, said = run(*words, "--port", "7861")
+    assert status == 2
+    assert "--port 7861" in said
+    assert "GRADIO_SERVER_PORT" in run(*words, "--help")[1]
 
 
 READ_ONLY = """
@@ -103,7 +116,7 @@ def make_a_preview() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("app.py",)]
+    [("app.py",), ("-m", "mochi_app")]
     + [("-m", f"mochi_app.{name}") for name in ("accounts", "history", "engine.rank")],
     ids=" ".join,
 )

@@ -1,4 +1,4 @@
-"""Write the README's reliability table from the docstrings of the cases."""
+"""Write the table of `docs/reliability.md` from the docstrings of the cases."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    readme = PROJECT_DIR / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    document = PROJECT_DIR / "docs" / "reliability.md"
+    before, rest = document.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}{table()}\n{END}{after}", encoding="utf-8")
+    document.write_text(f"{before}{BEGIN}{table()}\n{END}{after}", encoding="utf-8")

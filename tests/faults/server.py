@@ -22,7 +22,7 @@ from typing import Any
 
 from gradio.queueing import Queue
 
-import app
+from mochi_app import app
 from mochi_app.store.media import MediaStore
 from mochi_app.web import connections
 from tests.conftest import fake_engine
