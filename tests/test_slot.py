@@ -15,7 +15,7 @@ import pytest
 
 from mochi_app import child_process, messages
 from mochi_app.messages import JobEvent, Run
-from mochi_app.settings import Patience
+from mochi_app.setting_types import Patience
 from mochi_app.slots import rank_process
 from mochi_app.slots import slot as slot_module
 from mochi_app.slots.slot import JobCancelled, JobFailed, Slot, SlotDied, SlotState

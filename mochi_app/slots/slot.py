@@ -28,7 +28,8 @@ from typing import Any
 from mochi_app import messages
 from mochi_app.child_process import unbroken
 from mochi_app.messages import Message
-from mochi_app.settings import Patience, Settings, SlotSpec
+from mochi_app.setting_types import Patience, SlotSpec
+from mochi_app.settings import Settings
 from mochi_app.slots.rank_process import RankProcess
 
 log = logging.getLogger(__name__)

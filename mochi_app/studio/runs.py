@@ -21,7 +21,8 @@ from mochi_app.disk_errors import full, reason_of
 from mochi_app.errors import HistoryError, MediaError, without_folders
 from mochi_app.jobs import Job, JobStatus, cancelled, interrupted, withdrawn
 from mochi_app.model_defaults import ModelDefaults
-from mochi_app.settings import Patience, Settings
+from mochi_app.setting_types import Patience
+from mochi_app.settings import Settings
 from mochi_app.slots.slot import JobCancelled, JobFailed, Slot, SlotDied, SlotState
 from mochi_app.store.history import History
 from mochi_app.store.media import MediaGone, MediaStore
