@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from mochi_app.files import PROJECT_DIR
@@ -63,16 +63,6 @@ def leave(status: int) -> NoReturn:
 EXIT_GRACE = 1.0  # seconds an exit status may lag behind the end of its channel
 REAP_SECONDS = 3.0  # a process stuck in a driver is left to the kernel after that
 STDERR_TAIL = 20  # lines
-
-
-async def unbroken(work: Coroutine[Any, Any, None]) -> None:
-    """Await `work` to its end even when cancelled meanwhile: a half spawned child has no owner."""
-    task = asyncio.create_task(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
 
 
 log = logging.getLogger(__name__)

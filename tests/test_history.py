@@ -709,7 +709,7 @@ class TestWriteErrors:
         program = """
             import asyncio, os, sys
             from pathlib import Path
-            from mochi_app.history import History, HistoryError
+            from mochi_app.store.history import History, HistoryError
 
             if os.getuid() == 0:
                 os.setgid(65534), os.setuid(65534)

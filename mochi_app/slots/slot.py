@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mochi_app import messages
-from mochi_app.child_process import unbroken
+from mochi_app.cancels import unbroken
 from mochi_app.messages import Message
 from mochi_app.setting_types import Patience, SlotSpec
 from mochi_app.settings import Settings
