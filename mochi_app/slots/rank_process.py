@@ -46,6 +46,11 @@ class RankProcess:
         """Process id, None before the spawn."""
         return self._process.pid if self._process else None
 
+    @property
+    def label(self) -> str:
+        """Which one it is, for people."""
+        return f"rank {self.rank} (pid {self.pid})"
+
     async def spawn(self, command: Sequence[str], name: str) -> None:
         """Start the process in a session of its own, with one end of a socketpair.
 
@@ -166,7 +171,7 @@ class RankProcess:
     def ending(self) -> str:
         """How the process ended, for people: signal or exit code, and its last words."""
         code = self._process.returncode if self._process else None
-        who = f"rank {self.rank} (pid {self.pid})"
+        who = self.label
         if code is None:
             return f"{who} closed its channel"
         if code < 0:
