@@ -27,6 +27,7 @@ from typing import Any
 
 from mochi_app import messages
 from mochi_app.cancels import unbroken
+from mochi_app.codec import ProtocolError
 from mochi_app.messages import Message
 from mochi_app.setting_types import Patience, SlotSpec
 from mochi_app.settings import Settings
@@ -148,7 +149,7 @@ class Slot:
         self._deadlines.set("start", self._settings.start_timeout, "did not report")
         try:
             for rank in self._ranks:
-                await unbroken(rank.spawn(self._command, f"slot {self.index} rank {rank.rank}"))
+                await rank.spawn(self._command, f"slot {self.index} rank {rank.rank}")
                 rank.heard_at = time.monotonic()
                 rank.send(self._configuration(rank))
             self._tasks = [asyncio.create_task(self._listen(rank)) for rank in self._ranks]
@@ -243,8 +244,7 @@ class Slot:
         for task in tasks:
             task.cancel()
         for rank in ranks:
-            rank.kill()
-            await rank.close()
+            await rank.end()
         self._deadlines.clear()
         self._forget_rendezvous()
         if self.state is not SlotState.DOWN:
@@ -268,7 +268,7 @@ class Slot:
                 rank.heard_at = time.monotonic()
                 if message.epoch == self.epoch:
                     self._take(rank, message)
-        except messages.ProtocolError as error:
+        except ProtocolError as error:
             self._die(f"{rank.label} broke the protocol: {error}")
             return
         await self._lose(rank)
