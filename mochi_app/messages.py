@@ -2,21 +2,18 @@
 
 A slot sends commands (`Configure`, `Run`, `Cancel`, `Shutdown`) and a rank answers with events.
 Each message carries the `epoch` of the process it belongs to, so that a late one from a dead
-process is told from a live one. This module imports nothing of the app: both sides load it cheaply.
+process is told from a live one. Both sides load this module, and cheaply.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
+from mochi_app.codec import Codec
+
 MAX_LINE_BYTES = 1 << 20
-
-
-class ProtocolError(ValueError):
-    """A line on the channel is not a message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,35 +201,27 @@ class Cancelled(JobEvent):
     """The job stopped at a boundary, as asked; the slot stays ready."""
 
 
-_TYPES: dict[str, type[Message]] = {
-    kind.__name__: kind
-    for kind in (
-        Configure, Run, Cancel, Shutdown, Heartbeat, Loading, Ready,
-        Stage, Resumed, Step, Tiles, Latent, Done, Followed, Failed, Cancelled,
-    )
-}  # fmt: skip
+_CODEC: Codec[Message] = Codec(
+    "type",
+    {
+        kind.__name__: kind
+        for kind in (
+            Configure, Run, Cancel, Shutdown, Heartbeat, Loading, Ready,
+            Stage, Resumed, Step, Tiles, Latent, Done, Followed, Failed, Cancelled,
+        )
+    },
+)  # fmt: skip
 
 
 def encode(message: Message) -> bytes:
     """One line, newline included."""
-    record = {"type": type(message).__name__} | asdict(message)
-    return json.dumps(record, ensure_ascii=True, separators=(",", ":")).encode("ascii") + b"\n"
+    return _CODEC.encode(message).encode("ascii")
 
 
 def decode(line: bytes) -> Message:
     """The message in one line.
 
     Raises:
-        ProtocolError: the line is not JSON, not an object, or not exactly a message's fields.
+        ProtocolError: it is none; see `Codec.decode`.
     """
-    try:
-        record = json.loads(line)
-        kind = _TYPES[record.pop("type")]
-        missing = {item.name for item in fields(kind)} - record.keys()
-        if missing:
-            raise ProtocolError(f"{kind.__name__} without {sorted(missing)}")
-        return kind(**record)
-    except ProtocolError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ProtocolError(f"not a message: {line[:80]!r} ({error})") from error
+    return _CODEC.decode(line)

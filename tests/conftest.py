@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from mochi_app.model_defaults import ModelDefaults, load_model_defaults
-from mochi_app.settings import Settings, load_settings, parse_slots
+from mochi_app.setting_types import parse_slots
+from mochi_app.settings import Settings, load_settings
 from mochi_app.slots.pool import Pool
 from mochi_app.slots.slot import Slot
 from mochi_app.store.history import History

@@ -16,6 +16,7 @@ from starlette.requests import HTTPConnection
 
 from mochi_app import accounts, messages
 from mochi_app.accounts import Account, AccountsError, PasswordHash
+from mochi_app.codec import ProtocolError
 from mochi_app.model_defaults import ModelDefaults
 from mochi_app.request import GenerationRequest, RequestError
 from mochi_app.settings import load_settings
@@ -108,20 +109,20 @@ anything = st.recursive(
 
 
 def types_of_messages() -> list[str]:
-    return sorted(messages._TYPES)
+    return sorted(messages._CODEC._kinds)
 
 
 @quick
 @given(line=st.binary() | anything.map(lambda value: json.dumps(value).encode()))
 def test_a_line_of_the_channel_is_a_message_or_a_protocol_error(line: bytes) -> None:
-    with contextlib.suppress(messages.ProtocolError):
+    with contextlib.suppress(ProtocolError):
         messages.decode(line)
 
 
 @quick
 @given(kind=st.sampled_from(types_of_messages()), fields=st.dictionaries(st.text(), anything))
 def test_a_message_with_other_fields_is_a_protocol_error(kind: str, fields: dict[str, Any]) -> None:
-    with contextlib.suppress(messages.ProtocolError):
+    with contextlib.suppress(ProtocolError):
         messages.decode(json.dumps({"type": kind} | fields).encode())
 
 

@@ -30,6 +30,7 @@ from mochi_app.request import Conflict, NotFound, RequestError
 from mochi_app.store import checks
 from mochi_app.store import database as record_store
 from mochi_app.store import history as history_module
+from mochi_app.store import writer as writer_module
 from mochi_app.store.checks import RecordDisk
 from mochi_app.store.history import History
 from mochi_app.store.job_index import JobPage, JobQuery, words
@@ -653,7 +654,7 @@ class TestWriteErrors:
         self, opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(record_store, "BUSY_SECONDS", 0.05)
-        monkeypatch.setattr(history_module, "HEAL_SECONDS", 0.01)
+        monkeypatch.setattr(writer_module, "HEAL_SECONDS", 0.01)
         history = await opened()
         other = sqlite3.connect(database(tmp_path), isolation_level=None)
         with contextlib.closing(other):
@@ -669,7 +670,7 @@ class TestWriteErrors:
 
     async def test_a_transaction_left_open(self, history: History) -> None:
         """As a failed commit may leave it: the next write fails, the one after it does not."""
-        await history._run(lambda: history._store._cache._sql("BEGIN"))
+        await history._writer.run(lambda: history._store._cache._sql("BEGIN"))
         with pytest.raises(HistoryError, match="cannot write to the history"):
             await history.add(make(1))
         assert await history.add(make(2))
@@ -681,10 +682,10 @@ class TestWriteErrors:
             "CREATE TRIGGER spoil BEFORE INSERT ON Cache BEGIN "
             "SELECT RAISE(ROLLBACK, 'database or disk is full'); END"
         )
-        await history._run(lambda: history._store._cache._sql(spoil))
+        await history._writer.run(lambda: history._store._cache._sql(spoil))
         with pytest.raises(HistoryError, match="disk is full; free some disk space"):
             await history.add(make(1))
-        await history._run(lambda: history._store._cache._sql("DROP TRIGGER spoil"))
+        await history._writer.run(lambda: history._store._cache._sql("DROP TRIGGER spoil"))
         assert await history.add(make(1))
 
     async def test_a_write_that_failed_after_it_was_made(
@@ -912,7 +913,7 @@ async def test_two_who_look_at_once_and_a_disk_that_hangs(
         await asyncio.gather(*(history.check() for _ in range(5)))
     assert history.problem is None
     monkeypatch.setattr(history_module, "ANSWER_SECONDS", 0.05)
-    monkeypatch.setattr(history_module, "HEAL_SECONDS", 0.05)
+    monkeypatch.setattr(writer_module, "HEAL_SECONDS", 0.05)
     hanging = threading.Event()
     history._thread.submit(hanging.wait)
     with pytest.raises(HistoryError, match=r"has not answered for 0\.05 seconds"):

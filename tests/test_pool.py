@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from mochi_app.slots.job_run import JobFailed
 from mochi_app.slots.pool import Pool, threads_per_rank
-from mochi_app.slots.slot import JobFailed, Slot, SlotState
+from mochi_app.slots.slot import Slot, SlotState
 from tests.conftest import DEADLINE, alive, eventually, quick_settings
 from tests.test_slot import request
 

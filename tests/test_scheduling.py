@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mochi_app.jobs import Job
-from mochi_app.settings import Patience
+from mochi_app.setting_types import Patience
 from mochi_app.studio.scheduling import PATIENCE, Speeds, next_job, patience, places
 
 

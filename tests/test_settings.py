@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from mochi_app.model_defaults import PACKAGED_DEFAULTS, load_model_defaults
-from mochi_app.settings import Settings, SettingsError, SlotSpec, load_settings, parse_slots
+from mochi_app.setting_types import SlotSpec, parse_slots
+from mochi_app.settings import Settings, SettingsError, load_settings
 
 GOOD_DEFAULTS = {
     "height": 128,

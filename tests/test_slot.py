@@ -15,10 +15,11 @@ import pytest
 
 from mochi_app import child_process, messages
 from mochi_app.messages import JobEvent, Run
-from mochi_app.settings import Patience
+from mochi_app.setting_types import Patience
 from mochi_app.slots import rank_process
 from mochi_app.slots import slot as slot_module
-from mochi_app.slots.slot import JobCancelled, JobFailed, Slot, SlotDied, SlotState
+from mochi_app.slots.job_run import JobCancelled, JobFailed
+from mochi_app.slots.slot import Slot, SlotDied, SlotState
 from tests.conftest import alive, eventually
 
 MakeSlot = Callable[..., Slot]
@@ -331,7 +332,7 @@ async def test_the_death_of_a_rank_counts_though_its_status_is_late(
 
     async def late(rank: rank_process.RankProcess, timeout: float | None = None) -> int | None:
         if timeout == child_process.EXIT_GRACE and rank.rank == 1:
-            await eventually(lambda: not alive(peer) or (slot._outcome and slot._outcome.done()))
+            await eventually(lambda: not alive(peer) or (slot._run and slot._run.outcome.done()))
         return await wait(rank, timeout)
 
     monkeypatch.setattr(rank_process.RankProcess, "wait", late)
@@ -386,7 +387,7 @@ async def test_a_rank_lost_just_after_a_failure_explains_it(
     await slot.start()
     pid = slot.pids[1]
     run = asyncio.create_task(slot.run(request("fail"), ignore))
-    await eventually(lambda: slot._outcome is not None and slot._outcome.done())
+    await eventually(lambda: slot._run is not None and slot._run.outcome.done())
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(SlotDied, match=rf"rank 1 \(pid {pid}\) was killed by SIGKILL"):
         await run

@@ -16,7 +16,7 @@ import pytest
 from mochi_app.errors import HistoryError
 from mochi_app.jobs import Job, JobStatus
 from mochi_app.request import Conflict, NotFound, RequestError
-from mochi_app.studio import studio as studio_module
+from mochi_app.studio import watching as watching_module
 from mochi_app.studio.disk_space import video_bytes
 from mochi_app.studio.live import Live
 from mochi_app.studio.scheduling import Speeds
@@ -770,7 +770,7 @@ async def test_position_and_eta_are_told_once_measured(make_studio: MakeStudio) 
 async def test_watch_repeats_no_view_while_its_eta_runs_down(
     make_studio: MakeStudio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(studio_module, "ETA_PAUSE", 1000)
+    monkeypatch.setattr(watching_module, "ETA_PAUSE", 1000)
     studio = await make_studio()
     long = await studio.submit(prompt="slowest", num_inference_steps=512)
     await running(studio, long)

@@ -8,11 +8,11 @@ from collections import deque
 from dataclasses import replace
 
 from mochi_app.child_process import leave
+from mochi_app.codec import ProtocolError
 from mochi_app.messages import (
     MAX_LINE_BYTES,
     Cancel,
     Message,
-    ProtocolError,
     Run,
     Shutdown,
     decode,

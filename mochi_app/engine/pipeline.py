@@ -6,7 +6,8 @@ bit for bit. With bfloat16 weights it keeps in float32 what the model's authors 
 between steps, the rotary frequencies (rounded, if the weights' files have them so), and the text
 encoder unless told otherwise. Over several ranks every rank runs the same code: the first reads the
 text and has the frames, and what stops one stops all at the same boundary. It does not own the
-process (`rank.py`), the layout of the transformer (`parallel.py`) or files (`encode.py`).
+process (`rank.py`), the prompts' embeddings (`text.py`), the layout of the transformer
+(`parallel.py`) or files (`encode.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from diffusers import MochiPipeline
 from mochi_app.engine import checkpoint, speed
 from mochi_app.engine.checkpoint import Trail
 from mochi_app.engine.decode import decode
-from mochi_app.engine.encode import EncodeError, Frames, save
+from mochi_app.engine.encode import Frames
 from mochi_app.engine.gpu_memory import Room
 from mochi_app.engine.group import Ranks
 from mochi_app.engine.lora import LoraShelf
@@ -46,8 +47,7 @@ from mochi_app.engine.progress import (
     unsaid,
 )
 from mochi_app.engine.schedule import SCHEDULES, MochiScheduler
-from mochi_app.engine.scratch import refused
-from mochi_app.errors import one_line
+from mochi_app.engine.text import TextEmbeddings, encode_text
 from mochi_app.loras import LoraError
 from mochi_app.messages import Resumed, Run, Tiles
 
@@ -79,36 +79,6 @@ class Result:
     seconds: Mapping[str, float]
     latents_hash: str
     frames_hash: str
-
-
-@dataclass(frozen=True, slots=True)
-class TextEmbeddings:
-    """What the text encoder says, in float32: embeddings (1, L, D), masks (1, L).
-
-    The negative ones are None without guidance.
-    """
-
-    prompt_embeds: torch.Tensor
-    prompt_attention_mask: torch.Tensor
-    negative_prompt_embeds: torch.Tensor | None
-    negative_prompt_attention_mask: torch.Tensor | None
-
-
-def try_encoder(frames: Frames, folder: Path) -> None:
-    """Encode a video into the folder and remove it. A folder that cannot be used now is no fault of
-    this rank.
-
-    Raises:
-        EncodeError, OSError: it cannot be encoded or written.
-    """
-    try:
-        output = save(frames, folder, "warm-up", fps=1, prompt="warm-up", metadata={})
-        (folder / output.video).unlink()
-        (folder / output.poster).unlink()
-    except (EncodeError, OSError) as error:
-        if not refused(error, folder):
-            raise
-        logger.warning("the encoder could not be tried: %s", one_line(error))
 
 
 class Engine:
@@ -208,7 +178,7 @@ class Engine:
         try:
             with torch.no_grad():
                 with clock.stage("text"):
-                    text = self._encode_text(request)
+                    text = encode_text(self._pipe, self._ranks, request)
                 with clock.stage("denoise"), self._with_lora(request) as lora_file:
                     first = self._first_latents(request)
                     trail = self._trail(request, lora_file)
@@ -242,32 +212,6 @@ class Engine:
         gc.collect()
         if self._ranks.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _encode_text(self, request: Run) -> TextEmbeddings:
-        """Both prompts, one at a time as the pipeline does it; no negative one without guidance.
-
-        The first rank reads them, the others are told.
-        """
-        guided = request.guidance_scale > 1.0
-        device = self._pipe._execution_device
-        if self._ranks.first:
-            parts = self._pipe.encode_prompt(
-                prompt=request.prompt,
-                negative_prompt=request.negative_prompt,
-                do_classifier_free_guidance=guided,
-                device=device,
-            )
-            parts = [part if part is None or part.dtype is torch.bool else part.float()
-                     for part in parts]  # fmt: skip
-        else:
-            config = self._pipe.transformer.config
-            shape = (1, config.max_sequence_length, config.text_embed_dim)
-            embeds = [torch.empty(shape, device=device) for _ in range(2)]
-            masks = [torch.empty(shape[:2], dtype=torch.bool, device=device) for _ in range(2)]
-            parts = [embeds[0], masks[0], embeds[1], masks[1]] if guided else [
-                embeds[0], masks[0], None, None]  # fmt: skip
-        self._ranks.share([part for part in parts if part is not None])
-        return TextEmbeddings(*parts)
 
     @contextmanager
     def _with_lora(self, request: Run) -> Iterator[tuple[int, int] | None]:

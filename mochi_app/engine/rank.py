@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from mochi_app import logs
 from mochi_app.child_process import die_with_parent, leave
+from mochi_app.codec import ProtocolError
 from mochi_app.disk_errors import DISK_FULL, said
 from mochi_app.engine.channel import Channel, Inbox
 from mochi_app.engine.scratch import Scratch, refused
@@ -42,7 +43,6 @@ from mochi_app.messages import (
     JobEvent,
     Loading,
     Message,
-    ProtocolError,
     Ready,
     Run,
     Stage,

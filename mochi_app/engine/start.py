@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from mochi_app.engine import checkpoint, speed
+from mochi_app.engine.encode import EncodeError, Frames, save
 from mochi_app.engine.gpu_memory import Room
 from mochi_app.engine.group import Ranks
 from mochi_app.engine.loading import (
@@ -19,11 +21,15 @@ from mochi_app.engine.loading import (
     quiet_libraries,
     warn_of_rounding,
 )
-from mochi_app.engine.pipeline import Engine, try_encoder
+from mochi_app.engine.pipeline import Engine
 from mochi_app.engine.previews import LatentColours
 from mochi_app.engine.progress import Emit
+from mochi_app.engine.scratch import refused
 from mochi_app.engine.speed import SpeedOptions
+from mochi_app.errors import one_line
 from mochi_app.messages import Configure, Loading
+
+logger = logging.getLogger(__name__)
 
 
 def load(config: Configure, emit: Emit) -> Engine:
@@ -70,6 +76,23 @@ def load(config: Configure, emit: Emit) -> Engine:
     if frames is not None:
         try_encoder(frames, Path(config.scratch))
     return engine
+
+
+def try_encoder(frames: Frames, folder: Path) -> None:
+    """Encode a video into the folder and remove it. A folder that cannot be used now is no fault of
+    this rank.
+
+    Raises:
+        EncodeError, OSError: it cannot be encoded or written.
+    """
+    try:
+        output = save(frames, folder, "warm-up", fps=1, prompt="warm-up", metadata={})
+        (folder / output.video).unlink()
+        (folder / output.poster).unlink()
+    except (EncodeError, OSError) as error:
+        if not refused(error, folder):
+            raise
+        logger.warning("the encoder could not be tried: %s", one_line(error))
 
 
 def precision_facts(precision: Precision) -> dict[str, str]:

@@ -17,7 +17,8 @@ from mochi_app.errors import without_folders
 from mochi_app.logs import about
 from mochi_app.model_defaults import load_model_defaults
 from mochi_app.platforms import usable_cores
-from mochi_app.settings import Settings, SlotSpec
+from mochi_app.setting_types import SlotSpec
+from mochi_app.settings import Settings
 from mochi_app.slots.slot import ENGINE_COMMAND, Slot, SlotDied, SlotState
 from mochi_app.weights.events import WeightsError
 from mochi_app.weights.fetch import WEIGHTS_COMMAND

@@ -20,22 +20,25 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from mochi_app import messages
-from mochi_app.child_process import unbroken
+from mochi_app.cancels import unbroken
+from mochi_app.codec import ProtocolError
 from mochi_app.messages import Message
-from mochi_app.settings import Patience, Settings, SlotSpec
+from mochi_app.setting_types import Patience, SlotSpec
+from mochi_app.settings import Settings
+from mochi_app.slots.deadlines import Deadlines
+from mochi_app.slots.job_run import JobCancelled, JobFailed, JobRun
 from mochi_app.slots.rank_process import RankProcess
 
 log = logging.getLogger(__name__)
 
 ENGINE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "mochi_app.engine.rank")
 FOLLOW_GRACE = 1.0  # seconds that other ranks may be behind the first at the end of a job
-WATCH_INTERVAL = 0.1  # seconds between looks at the deadlines
 
 
 class SlotState(StrEnum):
@@ -50,27 +53,6 @@ class SlotState(StrEnum):
 
 class SlotDied(RuntimeError):
     """The processes of a slot are gone. The message says how."""
-
-
-class JobFailed(RuntimeError):
-    """The engine reports that the job failed; the slot may well be healthy."""
-
-    def __init__(self, error: str, *, disk_full: bool = False, unwritten: bool = False) -> None:
-        super().__init__(error)
-        self.disk_full = disk_full
-        self.unwritten = unwritten
-
-
-class JobCancelled(Exception):
-    """The job stopped because it was cancelled."""
-
-
-@dataclass(frozen=True)
-class Deadline:
-    """The moment (`time.monotonic()`) by which something must have happened; else the reason."""
-
-    at: float
-    reason: str
 
 
 async def first_of(*futures: asyncio.Future[Any], timeout: float | None = None) -> None:
@@ -114,17 +96,12 @@ class Slot:
         self._patience = settings.patience
         self._ranks: list[RankProcess] = []
         self._tasks: list[asyncio.Task[None]] = []
-        self._deadlines: dict[str, Deadline] = {}
+        self._deadlines = Deadlines()
         self._burial = asyncio.Lock()
         self._all_ready: asyncio.Future[None] | None = None
         self._death: asyncio.Future[str] | None = None
         self._losing = False  # a rank's channel has ended, and `_death` is about to say how
-        self._outcome: asyncio.Future[messages.JobEvent] | None = None
-        self._job_id: str | None = None
-        self._on_event: Callable[[messages.JobEvent], None] | None = None
-        self._cancelling = False
-        self._following = 0  # ranks other than the first that still have their part to do
-        self._all_followed: asyncio.Future[None] | None = None
+        self._run: JobRun | None = None
 
     @property
     def pids(self) -> list[int]:
@@ -144,7 +121,7 @@ class Slot:
     @property
     def job_id(self) -> str | None:
         """The job that runs here."""
-        return self._job_id
+        return self._run.job_id if self._run else None
 
     def _set(self, state: SlotState, detail: str = "") -> None:
         if state is not self.state:
@@ -169,10 +146,10 @@ class Slot:
         self._ranks = [RankProcess(i, device) for i, device in enumerate(self.spec.devices)]
         many = "processes" if self.spec.world_size > 1 else "process"
         self._set(SlotState.STARTING, f"starting the {many}")
-        self._set_deadline("start", self._settings.start_timeout, "did not report")
+        self._deadlines.set("start", self._settings.start_timeout, "did not report")
         try:
             for rank in self._ranks:
-                await unbroken(rank.spawn(self._command, f"slot {self.index} rank {rank.rank}"))
+                await rank.spawn(self._command, f"slot {self.index} rank {rank.rank}")
                 rank.heard_at = time.monotonic()
                 rank.send(self._configuration(rank))
             self._tasks = [asyncio.create_task(self._listen(rank)) for rank in self._ranks]
@@ -267,8 +244,7 @@ class Slot:
         for task in tasks:
             task.cancel()
         for rank in ranks:
-            rank.kill()
-            await rank.close()
+            await rank.end()
         self._deadlines.clear()
         self._forget_rendezvous()
         if self.state is not SlotState.DOWN:
@@ -277,42 +253,12 @@ class Slot:
 
     # Deadlines
 
-    def _set_deadline(self, name: str, seconds: float, what: str) -> None:
-        self._deadlines[name] = Deadline(
-            time.monotonic() + seconds, f"{what} within {seconds:g} seconds"
-        )
-
-    def _progressed(self, what: str) -> None:
-        self._set_deadline("step", self._patience.step, f"{what} showed no progress")
+    def _progressed(self, job_id: str) -> None:
+        self._deadlines.set("step", self._patience.step, f"job {job_id} showed no progress")
 
     async def _watch(self) -> None:
-        """Kill the slot when a deadline passes, on a clock that stands while this process does."""
-        now = time.monotonic()
-        while True:
-            due = now + WATCH_INTERVAL
-            await asyncio.sleep(WATCH_INTERVAL)
-            now = time.monotonic()
-            self._forgive(now, max(0.0, now - due))
-            silence = self._settings.heartbeat_timeout
-            for rank in self._ranks:
-                if now - rank.heard_at > silence:
-                    self._die(
-                        f"rank {rank.rank} (pid {rank.pid}) sent no heartbeat"
-                        f" for {silence:g} seconds"
-                    )
-                    return
-            for deadline in self._deadlines.values():
-                if now > deadline.at:
-                    self._die(deadline.reason)
-                    return
-
-    def _forgive(self, now: float, late: float) -> None:
-        """Move the deadlines on by the seconds in which this process itself was held up (stopped,
-        suspended, or starved): what its ranks said meanwhile was not heard, or not said."""
-        for rank in self._ranks:
-            rank.heard_at = min(now, rank.heard_at + late)
-        for name, deadline in self._deadlines.items():
-            self._deadlines[name] = replace(deadline, at=deadline.at + late)
+        """Kill the slot when a deadline passes."""
+        self._die(await self._deadlines.passed(self._ranks, self._settings.heartbeat_timeout))
 
     # Messages
 
@@ -322,8 +268,8 @@ class Slot:
                 rank.heard_at = time.monotonic()
                 if message.epoch == self.epoch:
                     self._take(rank, message)
-        except messages.ProtocolError as error:
-            self._die(f"rank {rank.rank} (pid {rank.pid}) broke the protocol: {error}")
+        except ProtocolError as error:
+            self._die(f"{rank.label} broke the protocol: {error}")
             return
         await self._lose(rank)
 
@@ -344,40 +290,24 @@ class Slot:
             case messages.Heartbeat():
                 rank.gpu_bytes = message.gpu_bytes
             case messages.Loading():
-                self._deadlines.pop("start", None)
+                self._deadlines.drop("start")
                 if "load" not in self._deadlines:
-                    self._set_deadline("load", self._settings.load_timeout, "did not load")
+                    self._deadlines.set("load", self._settings.load_timeout, "did not load")
                 self._set(SlotState.LOADING, message.what)
             case messages.Ready():
                 self._take_ready(rank, message)
-            case messages.Followed() if message.job_id == self._job_id:
-                self._following -= 1
-                if not self._following and self._all_followed is not None:
-                    self._all_followed.set_result(None)
-            case messages.Failed() if message.job_id == self._job_id:
-                self._take_job_event(message)
-            case messages.JobEvent() if message.job_id == self._job_id and rank.rank == 0:
-                self._take_job_event(message)
+            case messages.JobEvent() if self._run and message.job_id == self._run.job_id:
+                if self._run.take(message, first=rank.rank == 0):
+                    self._progressed(message.job_id)
 
     def _take_ready(self, rank: RankProcess, message: messages.Ready) -> None:
         rank.ready = True
         self.versions = dict(message.versions)
         self.load_seconds = message.seconds
         if all(rank.ready for rank in self._ranks):
-            self._deadlines.pop("start", None)
-            self._deadlines.pop("load", None)
+            self._deadlines.drop("start", "load")
             if self._all_ready is not None and not self._all_ready.done():
                 self._all_ready.set_result(None)
-
-    def _take_job_event(self, message: messages.JobEvent) -> None:
-        if isinstance(message, messages.Done | messages.Failed | messages.Cancelled):
-            if self._outcome is not None and not self._outcome.done():
-                self._outcome.set_result(message)
-            return
-        if isinstance(message, messages.Step | messages.Stage | messages.Tiles):
-            self._progressed(f"job {message.job_id}")
-        if self._on_event is not None:
-            self._on_event(message)
 
     # Jobs
 
@@ -398,30 +328,25 @@ class Slot:
         """
         if self.state is not SlotState.READY or self._death is None:
             raise SlotDied(self.detail or f"slot {self.index} is {self.state}")
-        loop = asyncio.get_running_loop()
-        self._outcome, self._all_followed = loop.create_future(), loop.create_future()
-        self._job_id, self._on_event, self._cancelling = request.job_id, on_event, False
-        self._following = self.spec.world_size - 1
+        run = self._run = JobRun(request.job_id, self.spec.world_size, on_event)
         self._set(SlotState.BUSY)
         self._patience = patience or self._settings.patience
-        self._progressed(f"job {request.job_id}")
+        self._progressed(request.job_id)
         try:
             for rank in self._ranks:
                 rank.send(replace(request, epoch=self.epoch))
-            await first_of(self._outcome, self._death)
-            return await self._conclude()
+            await first_of(run.outcome, self._death)
+            return await self._conclude(run)
         finally:
-            self._job_id = self._on_event = self._outcome = self._all_followed = None
-            self._deadlines.pop("step", None)
-            self._deadlines.pop("cancel", None)
+            self._run = None
+            self._deadlines.drop("step", "cancel")
             if not self.dying:
                 self._set(SlotState.READY)
 
-    async def _conclude(self) -> messages.Done:
+    async def _conclude(self, run: JobRun) -> messages.Done:
         """What came of the run: a result that arrived wins over a death or a cancel after it."""
-        assert self._outcome is not None
         assert self._death is not None
-        outcome = self._outcome.result() if self._outcome.done() else None
+        outcome = run.outcome.result() if run.outcome.done() else None
         match outcome:
             case messages.Done():
                 return outcome
@@ -430,16 +355,16 @@ class Slot:
             case messages.Failed() if outcome.poisoned:
                 self._die(f"the process cannot be used any more: {outcome.error}")
             case messages.Failed():
-                if outcome.settled or await self._all_live():
+                if outcome.settled or await self._all_live(run):
                     raise JobFailed(
                         outcome.error, disk_full=outcome.disk_full, unwritten=outcome.unwritten
                     )
-        if self._cancelling:
+        if run.cancelling:
             raise JobCancelled
         await first_of(self._death)
         raise SlotDied(self._death.result())
 
-    async def _all_live(self) -> bool:
+    async def _all_live(self, run: JobRun) -> bool:
         """Whether no rank was lost, of which a failure that the ranks did not agree on may tell:
         it may be read before the end of the lost one's channel.
 
@@ -447,21 +372,20 @@ class Slot:
         """
         if self.spec.world_size == 1:
             return True
-        assert self._all_followed is not None
         assert self._death is not None
-        await first_of(self._all_followed, self._death, timeout=FOLLOW_GRACE)
+        await first_of(run.all_followed, self._death, timeout=FOLLOW_GRACE)
         if self.dying:
             return False
-        if self._following:
+        if run.following:
             self.blameless = True
             self._die("a job failed, and its ranks start anew")
         return True
 
     def cancel(self, job_id: str) -> None:
         """Ask for the job to stop at its next boundary; the slot is killed if that takes long."""
-        if job_id != self._job_id or self._cancelling:
+        if self._run is None or job_id != self._run.job_id or self._run.cancelling:
             return
-        self._cancelling = True
-        self._set_deadline("cancel", self._patience.cancel, f"job {job_id} did not stop")
+        self._run.cancelling = True
+        self._deadlines.set("cancel", self._patience.cancel, f"job {job_id} did not stop")
         for rank in self._ranks:
             rank.send(messages.Cancel(epoch=self.epoch, job_id=job_id))

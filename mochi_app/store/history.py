@@ -1,97 +1,31 @@
 """Every job ever asked for: records on the disk, an index in memory in front of it.
 
-The disk is the truth and the index follows it. One thread does all disk work; writes are made one
-batch after another, each batch one transaction, and the index changes on the event loop once the
-batch is on the disk, not before. Reads never leave memory. Not here: the videos (`media.py`), and
-what may happen to a job when (`studio/`).
+The disk is the truth and the index follows it: what is asked is answered from memory, what changes
+goes through the one writer (`writer.py`). Not here: the videos (`media.py`), and what may happen to
+a job when (`studio/`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
-
-import orjson
 
 from mochi_app.errors import HistoryError
 from mochi_app.jobs import REQUEST_FIELDS, Job, JobStatus
-from mochi_app.request import Conflict, NotFound, shown
-from mochi_app.store.checks import JOB, META, RecordDisk, Rows, request_row, uptime_of
+from mochi_app.request import Conflict, shown
+from mochi_app.store.checks import META, RecordDisk, uptime_of
 from mochi_app.store.database import RecordStore
-from mochi_app.store.job_index import JobIndex, JobPage, JobQuery, RequestKey, Revisions
+from mochi_app.store.job_index import JobIndex, JobPage, JobQuery, Revisions
 from mochi_app.store.lock import HistoryLocked
+from mochi_app.store.writer import Draft, Writer
 
 __all__ = ["History", "HistoryError", "HistoryLocked", "JobPage", "JobQuery", "RecordDisk"]
 
-log = logging.getLogger(__name__)
-
-MAX_BATCH = 100  # writes in one transaction; bounds the time the event loop spends on them
-HEAL_SECONDS = 1.0  # between tries to write to a store that refused
 UPTIME_SECONDS = 600.0  # that a kill may take off the uptime
 ANSWER_SECONDS = 20.0  # more than a database that is held by another program takes
 FIXED = ("id", "owner", "request_id", "parent_id", "prompt")  # told at submit, indexed once
-
-T = TypeVar("T")
-
-
-class _Draft:
-    """What one batch of writes makes of the history. Reads see the batch so far."""
-
-    def __init__(self, index: JobIndex) -> None:
-        self._index = index
-        self._requests: dict[RequestKey, str | None] = {}
-        self.jobs: dict[str, Job | None] = {}
-        self.rows: Rows = {}
-
-    def get(self, job_id: str) -> Job | None:
-        return self.jobs[job_id] if job_id in self.jobs else self._index.get(job_id)
-
-    def known(self, job_id: str) -> Job:
-        job = self.get(job_id)
-        if job is None:
-            raise NotFound(f"job {shown(job_id)}: there is no such job")
-        return job
-
-    def find_request(self, key: RequestKey) -> Job | None:
-        found = self._requests[key] if key in self._requests else self._index.find_request(key)
-        return None if found is None else self.get(found)
-
-    def put(self, job: Job) -> Job:
-        """The job as the disk will give it back: a copy that shares nothing with the caller's."""
-        record = orjson.loads(orjson.dumps(job.to_record()))
-        kept = Job.from_record(record)
-        self.jobs[job.id] = kept
-        self.rows[JOB + job.id] = record
-        self._name_request(job, job.id)
-        return kept
-
-    def remove(self, job: Job) -> None:
-        self.jobs[job.id] = self.rows[JOB + job.id] = None
-        self._name_request(job, None)
-
-    def _name_request(self, job: Job, job_id: str | None) -> None:
-        if job.request_id is not None:
-            key = (job.owner, job.request_id)
-            self._requests[key] = self.rows[request_row(key)] = job_id
-
-
-Plan: TypeAlias = Callable[[_Draft], Job | None]
-Outcome: TypeAlias = Job | Exception | None
-Outcomes: TypeAlias = list[Outcome]
-
-
-@dataclass(frozen=True, slots=True)
-class _Write:
-    """A write that waits. Its future carries what the caller is to return or raise."""
-
-    plan: Plan
-    outcome: asyncio.Future[Outcome]
 
 
 class History:
@@ -105,13 +39,9 @@ class History:
         self._store = store
         self._index = index
         self._thread = thread
-        self._waiting: list[_Write] = []
-        self._writer: asyncio.Task[None] | None = None
-        self._unsure: set[str] = set()  # jobs of a failed write, until they are read again
-        self._healer: asyncio.Task[None] | None = None
+        self._writer = Writer(store, index, thread)
         self._looking: asyncio.Future[None] | None = None
         self._closed = False
-        self.problem: str | None = None  # why the last write failed, until one succeeds
 
     @classmethod
     async def open(cls, data_dir: Path) -> History:
@@ -136,17 +66,19 @@ class History:
         if self._closed:
             return
         self._closed = True
-        if self._healer is not None:
-            self._healer.cancel()
-        if self._writer is not None:
-            await asyncio.shield(self._writer)
-        await self._run(self._store.close, len(self._index))
+        await self._writer.close()
+        await self._writer.run(self._store.close, len(self._index))
         self._thread.shutdown(wait=False)
 
     def begin_end(self) -> None:
         """The server was told to end: should it be killed before it has, no job is to blame. May
         be called by a signal's handler."""
         self._store.begin_end()
+
+    @property
+    def problem(self) -> str | None:
+        """Why the last write failed, until one succeeds."""
+        return self._writer.problem
 
     @property
     def uptime(self) -> float:
@@ -157,7 +89,7 @@ class History:
     async def keep_uptime(self) -> None:
         """Write the uptime down, now and then. Raises HistoryError."""
         if self.uptime - uptime_of(self._store.meta) >= UPTIME_SECONDS:
-            await self._write(self._touch)
+            await self._writer.write(self._writer.touch)
 
     @property
     def server_died(self) -> bool:
@@ -232,7 +164,7 @@ class History:
             HistoryError: nothing was written.
         """
 
-        def plan(draft: _Draft) -> Job:
+        def plan(draft: Draft) -> Job:
             earlier = (
                 draft.find_request((job.owner, job.request_id))
                 if job.request_id is not None
@@ -257,7 +189,7 @@ class History:
             HistoryError: nothing was written.
         """
 
-        def plan(draft: _Draft) -> Job:
+        def plan(draft: Draft) -> Job:
             job = draft.known(job_id)
             changed = change(job)
             if changed == job:
@@ -279,13 +211,13 @@ class History:
             HistoryError: nothing was written.
         """
 
-        def plan(draft: _Draft) -> Job:
+        def plan(draft: Draft) -> Job:
             job = draft.known(job_id)
             draft.remove(job)
             draft.rows[META] = self._store.meta | {"last_id": self.last_id}  # ids never go back
             return job
 
-        await self._write(plan)
+        await self._writer.write(plan)
 
     async def check(self) -> None:
         """See that the store is where the next start would look for it, and answers.
@@ -296,7 +228,7 @@ class History:
         if self._closed:
             return
         if self._looking is None or self._looking.done():
-            self._looking = asyncio.ensure_future(self._run(self._store.check))
+            self._looking = asyncio.ensure_future(self._writer.run(self._store.check))
             self._looking.add_done_callback(lambda done: done.cancelled() or done.exception())
         looking = self._looking  # another caller may begin another one
         await asyncio.wait([looking], timeout=ANSWER_SECONDS)
@@ -308,98 +240,13 @@ class History:
                 )
             looking.result()
         except HistoryError as error:
-            self._ail(str(error))
+            self._writer.ail(str(error))
             raise HistoryError(*error.args) from error  # others may have got it, too
 
-    # The one way to the disk
-
-    async def _write_job(self, plan: Callable[[_Draft], Job]) -> Job:
-        job = await self._write(plan)
+    async def _write_job(self, plan: Callable[[Draft], Job]) -> Job:
+        job = await self._writer.write(plan)
         assert job is not None
         return job
-
-    async def _write(self, plan: Plan) -> Job | None:
-        """Have `plan` made part of the next batch, and wait for it."""
-        if self._closed:
-            raise HistoryError("the history is closed: the server is shutting down")
-        loop = asyncio.get_running_loop()
-        write = _Write(plan, loop.create_future())
-        self._waiting.append(write)
-        if self._writer is None or self._writer.done():
-            self._writer = loop.create_task(self._write_waiting())
-        outcome = await write.outcome
-        if isinstance(outcome, HistoryError):
-            raise HistoryError(*outcome.args) from outcome  # others may have got it, too
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    async def _write_waiting(self) -> None:
-        while self._waiting:
-            batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
-            outcomes = await self._write_batch([write.plan for write in batch])
-            for write, outcome in zip(batch, outcomes, strict=True):
-                if not write.outcome.done():  # done: its caller was cancelled
-                    write.outcome.set_result(outcome)
-
-    async def _write_batch(self, plans: Sequence[Plan]) -> Outcomes:
-        """Make all plans in one transaction; what each caller is to get."""
-        try:
-            await self._settle()
-            draft = _Draft(self._index)
-            outcomes = [planned(plan, draft) for plan in plans]
-            if draft.rows:
-                self._unsure.update(draft.jobs)
-                await self._run(self._store.write, draft.rows)
-                self._unsure.clear()
-                self._follow(draft.jobs)
-                self._healed()
-        except Exception as error:  # noqa: BLE001 - whatever it was, every caller must hear of it
-            with contextlib.suppress(Exception):  # a caller who waits must hear of the first one
-                await self._settle()
-            self._ail(str(error))
-            return [error] * len(plans)
-        return outcomes
-
-    def _ail(self, problem: str) -> None:
-        """Keep in mind why nothing can be written, and try until something can."""
-        if problem != self.problem:
-            log.error("history: %s", problem)
-        self.problem = problem
-        if self._healer is None or self._healer.done():
-            self._healer = asyncio.get_running_loop().create_task(self._heal(), name="healer")
-
-    def _healed(self) -> None:
-        if self.problem is not None:
-            log.info("history: it can be written to again")
-        self.problem = None
-
-    async def _heal(self) -> None:
-        while self.problem is not None:
-            await asyncio.sleep(HEAL_SECONDS)
-            if not self._waiting:  # else those are try enough
-                with contextlib.suppress(HistoryError):
-                    await self._write(self._touch)
-
-    def _touch(self, draft: _Draft) -> None:
-        draft.rows[META] = dict(self._store.meta)
-
-    async def _settle(self) -> None:
-        """After a failed write, let the index follow what the disk holds for its jobs."""
-        if self._unsure:
-            self._follow(await self._run(self._store.read, sorted(self._unsure)))
-            self._unsure.clear()
-
-    def _follow(self, jobs: Mapping[str, Job | None]) -> None:
-        """Change the index to what has been committed."""
-        for job_id, job in jobs.items():
-            if job is None:
-                self._index.remove(job_id)
-            else:
-                self._index.put(job)
-
-    async def _run(self, work: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
 
 
 def same_request(earlier: Job, job: Job, drawn: frozenset[str]) -> Job:
@@ -421,11 +268,3 @@ def same_request(earlier: Job, job: Job, drawn: frozenset[str]) -> Job:
             " restore_job takes it out of it; or use a new request_id"
         )
     return earlier
-
-
-def planned(plan: Plan, draft: _Draft) -> Outcome:
-    """Run one plan; what it raises is its own caller's and spoils no other write."""
-    try:
-        return plan(draft)
-    except Exception as error:  # noqa: BLE001 - handed to the caller, who raises it
-        return error

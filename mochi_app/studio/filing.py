@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from mochi_app.disk_errors import reason_of, unusable
 from mochi_app.errors import without_folders
 from mochi_app.messages import Done
-from mochi_app.slots.slot import JobCancelled
+from mochi_app.slots.job_run import JobCancelled
 from mochi_app.store.history import History
 from mochi_app.store.media import MediaGone, MediaStore
 from mochi_app.store.outputs import Outputs

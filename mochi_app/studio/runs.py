@@ -21,8 +21,10 @@ from mochi_app.disk_errors import full, reason_of
 from mochi_app.errors import HistoryError, MediaError, without_folders
 from mochi_app.jobs import Job, JobStatus, cancelled, interrupted, withdrawn
 from mochi_app.model_defaults import ModelDefaults
-from mochi_app.settings import Patience, Settings
-from mochi_app.slots.slot import JobCancelled, JobFailed, Slot, SlotDied, SlotState
+from mochi_app.setting_types import Patience
+from mochi_app.settings import Settings
+from mochi_app.slots.job_run import JobCancelled, JobFailed
+from mochi_app.slots.slot import Slot, SlotDied, SlotState
 from mochi_app.store.history import History
 from mochi_app.store.media import MediaGone, MediaStore
 from mochi_app.store.outputs import Outputs

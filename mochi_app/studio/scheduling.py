@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from mochi_app.jobs import Job
-from mochi_app.settings import Patience
+from mochi_app.setting_types import Patience
 
 PATIENCE = 4.0
 SLACK = 10.0  # times the expected seconds before a run counts as hung

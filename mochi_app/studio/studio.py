@@ -8,17 +8,15 @@ comes to a slot in `dispatch.py`, and what a run comes to in `runs.py`.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from mochi_app.callers import HOUSE, Caller
+from mochi_app.cancels import to_the_end
 from mochi_app.changes import Pulse
 from mochi_app.errors import HistoryError, without_folders
 from mochi_app.jobs import (
@@ -48,33 +46,17 @@ from mochi_app.studio.disk_space import Room
 from mochi_app.studio.dispatch import Dispatch
 from mochi_app.studio.intake import Intake
 from mochi_app.studio.janitor import Janitor
-from mochi_app.studio.live import LiveJobs, is_news
+from mochi_app.studio.live import LiveJobs
 from mochi_app.studio.metrics import Metrics
 from mochi_app.studio.recovery import Mender
 from mochi_app.studio.retention import Shelf
 from mochi_app.studio.runs import Runs
 from mochi_app.studio.suspects import released
+from mochi_app.studio.watching import watch
 
 log = logging.getLogger(__name__)
 
-Params = ParamSpec("Params")
-Result = TypeVar("Result")
-
-ETA_PAUSE = 5.0  # seconds between two views for which only the time has passed
 SPEED_SAMPLE = 20  # finished jobs that teach the speeds at start
-
-
-def to_the_end(
-    method: Callable[Params, Coroutine[Any, Any, Result]],
-) -> Callable[Params, Coroutine[Any, Any, Result]]:
-    """What was begun is done whole, its caller there or not: Gradio cancels a call, wherever it
-    stands, when its caller asks for that."""
-
-    @functools.wraps(method)
-    async def whole(*arguments: Params.args, **options: Params.kwargs) -> Result:
-        return await asyncio.shield(method(*arguments, **options))
-
-    return whole
 
 
 class Studio:
@@ -377,32 +359,18 @@ class Studio:
         """The job as every door shows it."""
         return self.live.view(job)
 
-    async def watch(self, job_id: Any, interval: float = 0.5) -> AsyncIterator[dict[str, Any]]:
-        """The job's view whenever it changes, to its end: a new status at once, its steps at most
-        every `interval` seconds; what only counts down (an ETA) every `ETA_PAUSE`.
+    def watch(self, job_id: Any, interval: float = 0.5) -> AsyncIterator[dict[str, Any]]:
+        """The job's view whenever it changes; see `watching.watch`.
 
         Raises as `find`, also when the job is deleted meanwhile.
         """
-        last: dict[str, Any] | None = None
-        next_at = 0.0
-        while True:
-            count = self.changed.count
-            job = self.find(job_id)
-            pause = next_at - time.monotonic()
-            moved = last is None or job.status != last["status"]
-            if moved or self.stopping or pause <= 0:
-                view, now = self.view(job), time.monotonic()
-                age = now - next_at + interval  # of `last`
-                if last is None or is_news(last, view, age) or (view != last and age >= ETA_PAUSE):
-                    yield view
-                    last, next_at = view, now + interval
-                if job.status.terminal or self.stopping:
-                    return
-                await self.changed.after(count)
-            else:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(pause):
-                        await self.changed.after(count)
+        return watch(
+            lambda: self.find(job_id),
+            self.view,
+            self.changed,
+            stopping=lambda: self.stopping,
+            interval=interval,
+        )
 
     def health(self) -> dict[str, Any]:
         """Whether a video could be made now, and if not, why."""

@@ -21,7 +21,8 @@ from starlette.datastructures import Headers
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mochi_app.settings import HOST_NAME, SettingsError
+from mochi_app.setting_types import HOST_NAME
+from mochi_app.settings import SettingsError
 from mochi_app.web.middleware import explained_refusal
 
 PROBES = frozenset({"/livez", "/healthz"})  # monitors ask by whatever name they have

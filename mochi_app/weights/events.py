@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mochi_app.codec import Codec, ProtocolError, parse
 
 
 class WeightsError(RuntimeError):
@@ -53,28 +54,28 @@ class Failure:
 
 Event = Progress | Notice | Done | Failure
 Emit = Callable[[Event], None]
-EVENTS: Mapping[str, type[Event]] = {
-    "progress": Progress,
-    "notice": Notice,
-    "done": Done,
-    "error": Failure,
-}
+_CODEC: Codec[Event] = Codec(
+    "event", {"progress": Progress, "notice": Notice, "done": Done, "error": Failure}
+)
 _output = threading.Lock()
 
 
 def encode(event: Event) -> str:
     """The event as one line of JSON, newline included."""
-    name = next(name for name, kind in EVENTS.items() if isinstance(event, kind))
-    return json.dumps({"event": name} | asdict(event)) + "\n"
+    return _CODEC.encode(event)
 
 
 def decode(line: str | bytes) -> Event | None:
-    """The event in a line; None when a library printed something else."""
+    """The event in a line; None when a library printed something else: no object, or no `event`.
+
+    Raises:
+        ProtocolError: it is no event that there is; see `Codec.decode`.
+    """
     try:
-        record = json.loads(line)
-        return EVENTS[record.pop("event")](**record)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        record = parse(line)
+    except ProtocolError:
         return None
+    return _CODEC.read(record) if _CODEC.tag in record else None
 
 
 def emit_line(event: Event) -> None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mochi_app.child_process import _end, _ending, _keep_stderr, _spawn, log
+from mochi_app.child_process import ChildProcess
+from mochi_app.codec import ProtocolError
 from mochi_app.weights.events import Done, Event, Failure, Notice, Progress, WeightsError, decode
 from mochi_app.weights.files import PartTypes
 
+log = logging.getLogger(__name__)
+
 SILENCE_SECONDS = 180.0  # the command reports every BEAT_SECONDS
 WEIGHTS_COMMAND: tuple[str, ...] = (sys.executable, "-m", "mochi_app.weights")
-
-
-# The parent's side
 
 
 async def fetch_weights(
@@ -38,37 +38,39 @@ async def fetch_weights(
     """
     asked = ["--model", _absolute(model), "--dtype", types.transformer]
     asked += ["--text-dtype", types.text_encoder, "--vae-dtype", types.vae]
-    process = await _spawn(*command, *asked)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    tail: deque[str] = deque(maxlen=1)
-    listening = asyncio.create_task(_keep_stderr(process.stderr, tail))
+    child = ChildProcess("the download process")
+    await child.start([*command, *asked], "weights", speaks=True)
     outcome: Event | None = None
     try:
-        while line := await _line(process.stdout, silence):
+        while line := await _line(child.stdout, silence):
             outcome = _take(line, on_progress) or outcome
-        await process.wait()
-        await listening
+        if await child.wait(silence) is None:
+            raise TimeoutError
+        await child.last_words()
     except TimeoutError:
         raise WeightsError(
-            f"the download process (pid {process.pid}) said nothing for {silence:g} seconds: "
+            f"{child.label} said nothing for {silence:g} seconds: "
             "check the disk of the cache and the network",
             retry=True,
         ) from None
+    except ProtocolError as error:
+        raise WeightsError(f"{child.label} broke the protocol: {error}", retry=True) from error
     finally:
-        listening.cancel()
-        await _end(process)
-    if isinstance(outcome, Done) and process.returncode == 0:
+        await child.end()
+    if isinstance(outcome, Done) and child.returncode == 0:
         return Path(outcome.folder)
     if isinstance(outcome, Failure):
         raise WeightsError(outcome.error, outcome.retry)
-    raise WeightsError(_ending(process, tail), retry=True)
+    raise WeightsError(child.ending(lacking=" and no result"), retry=True)
 
 
 async def _line(stream: asyncio.StreamReader, seconds: float) -> bytes:
-    """The next line; raises TimeoutError."""
+    """The next line. Raises TimeoutError, and ProtocolError where one is too long."""
     async with asyncio.timeout(seconds):
-        return await stream.readline()
+        try:
+            return await stream.readline()
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
 
 
 def _absolute(model: str) -> str:
