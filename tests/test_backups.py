@@ -13,6 +13,7 @@ import sqlite3
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from mochi_app.engine import encode
 from mochi_app.errors import HistoryError
 from mochi_app.jobs import Job, JobStatus
 from mochi_app.store import adopt, backups
-from mochi_app.store import restore as recovery
 from mochi_app.store.__main__ import main
 from mochi_app.store.backups import Backups, list_backups, make_backup, rotate
 from mochi_app.store.history import History
@@ -38,6 +38,14 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+def replaced_by(job: Job, _: Job) -> Job:
+    return job
+
+
+def newest_is(data: Path, writes: int) -> bool:
+    return [backup.writes for backup in list_backups(data)[:1]] == [writes]
+
+
 async def keep(data: Path, *jobs: Job) -> None:
     """Write these jobs, new or changed, into the history of `data`, and close it."""
     async with opened(data) as history:
@@ -45,7 +53,7 @@ async def keep(data: Path, *jobs: Job) -> None:
             if history.get(job.id) is None:
                 await history.add(job)
             else:
-                await history.update(job.id, lambda _, job=job: job)  # type: ignore[misc]
+                await history.update(job.id, partial(replaced_by, job))
 
 
 @contextlib.asynccontextmanager
@@ -159,8 +167,12 @@ class TestBackups:
         monkeypatch.setattr(backups, "PAGES_PER_STEP", 1)
         second_came, ending = threading.Event(), threading.Event()
 
+        def come() -> bool:
+            second_came.set()
+            return ending.is_set()
+
         def second() -> Any:
-            return make_backup(data, lambda: second_came.set() or ending.is_set())
+            return make_backup(data, come)
 
         with ThreadPoolExecutor(2) as threads:
             waiting: list[Future[Any]] = []
@@ -231,8 +243,7 @@ class TestBackups:
             assert list_backups(data) == []
             for number in range(1, 5):
                 await history.add(make(number))
-                await eventually(lambda n=number: list_backups(data)[0:1] and
-                                 list_backups(data)[0].writes == n)  # fmt: skip
+                await eventually(partial(newest_is, data, number))
             await keeper.stop()
         assert [backup.writes for backup in list_backups(data)] == [4, 3]
         assert keeper.problem is None
@@ -288,7 +299,9 @@ class TestRestore:
         (data / "history" / "cache.db").write_bytes(left)
         with pytest.raises(HistoryError, match="lacks the newest 1 changes"):
             await kept(data)
-        assert restore(data).source.name == "cache.db"
+        source = restore(data).source
+        assert source is not None
+        assert source.name == "cache.db"
         assert set(await kept(data)) == {1, 2}
 
     async def test_a_named_backup_wins(self, data: Path) -> None:
@@ -448,7 +461,7 @@ class TestRestore:
             return moved
 
         with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
-            patch.setattr(recovery.os, "replace", crashing(os.replace))
+            patch.setattr(os, "replace", crashing(os.replace))
             patch.setattr(Path, "replace", crashing(Path.replace))
             restore(folder, folder / "backups" / backup.path.name)
             assert moment == 5, "there are five moves"

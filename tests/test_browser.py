@@ -12,11 +12,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from playwright import sync_api
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, expect
 
 from mochi_app import accounts
 from tests.serving import Served, poll
@@ -103,8 +104,9 @@ def open_page(server: str, browser: Browser, watch: Watch) -> Iterator[Open]:
     """`open_page(address, **context options)`: the page in a fresh context, once it is there."""
     contexts: list[BrowserContext] = []
 
-    def open_one(address: str = "", **options: object) -> Page:
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+    def open_one(address: str = "", **options: Any) -> Page:
+        options.setdefault("viewport", {"width": 1280, "height": 900})
+        context = browser.new_context(**options)
         context.set_default_timeout(PATIENCE * 1000)
         watch.follow(context)
         contexts.append(context)
@@ -342,7 +344,12 @@ def test_use_again_and_a_pinned_seed(open_page: Open) -> None:
 def streams(page: Page) -> list[str]:
     """Fill the list with what each stream of events asks for, as they are opened."""
     opened: list[str] = []
-    page.on("request", lambda request: "/events?" in request.url and opened.append(request.url))
+
+    def note(request: Request) -> None:
+        if "/events?" in request.url:
+            opened.append(request.url)
+
+    page.on("request", note)
     return opened
 
 

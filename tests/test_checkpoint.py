@@ -377,9 +377,12 @@ def test_a_disk_that_hangs_is_waited_for_once(path: Path, monkeypatch: pytest.Mo
     join = threading.Thread.join
     monkeypatch.setattr(checkpoint, "PATIENCE_SECONDS", 0.01)
     monkeypatch.setattr(checkpoint, "write", hang)
-    monkeypatch.setattr(
-        threading.Thread, "join", lambda self, limit: (waits.append(limit), join(self, limit))[1]
-    )
+
+    def note(thread: threading.Thread, limit: float) -> None:
+        waits.append(limit)
+        join(thread, limit)
+
+    monkeypatch.setattr(threading.Thread, "join", note)
     trail = Trail(path, 1, STAMP)
     for step in (1, 2, 3):
         trail.settle()

@@ -16,6 +16,7 @@ import httpx
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AuthenticationError
+from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount
@@ -540,7 +541,7 @@ async def test_a_long_body_is_not_read_to_its_end() -> None:
 async def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guards, "BODY_SECONDS", 0.01)
     with pytest.raises(guards.BadBody, match="did not come") as error:
-        await guards.whole_body(guards.Headers(), asyncio.Event().wait)  # type: ignore[arg-type]
+        await guards.whole_body(Headers(), asyncio.Event().wait)  # type: ignore[arg-type]
     assert error.value.status == 408
 
 
@@ -681,9 +682,8 @@ async def call(client: httpx.AsyncClient, name: str, **parameters: Any) -> Any:
 def walk(routes: Any) -> Iterator[tuple[str, str]]:
     """Method and path of every route, those of mounted apps and included routers, too."""
     for route in routes:
-        inner = getattr(route, "original_router", None) or (
-            route.app if isinstance(route, Mount) else None
-        )
+        mounted: Any = route.app if isinstance(route, Mount) else None
+        inner = getattr(route, "original_router", mounted)
         if inner is not None:
             yield from walk(inner.routes)
             continue

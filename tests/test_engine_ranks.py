@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -57,11 +58,8 @@ def make(engine: Engine, request: Run) -> tuple[torch.Tensor, np.ndarray[Any, An
         seen.append(latents.clone())
         return decode(latents, *rest)
 
-    engine._decode = note  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(engine, "_decode", note):
         result = engine.run(request, unsaid, lambda: False)
-    finally:
-        engine._decode = decode  # type: ignore[method-assign]
     assert isinstance(result, Result)
     return (seen[0] if seen else torch.empty(0)), result.frames
 

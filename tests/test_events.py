@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
+from mochi_app.jobs import Job
 from mochi_app.studio.studio import Studio
 from mochi_app.web import events, routes
 from mochi_app.web.events import EventFeed, Wanted
@@ -30,7 +31,7 @@ class Page:
         self._left = asyncio.Event()
         scope = {"type": "http", "method": "GET", "path": "/events",
                  "query_string": query.encode(), "headers": [], "client": (address, 1)}  # fmt: skip
-        self._task = asyncio.create_task(app(scope, self._receive, self._send))  # type: ignore[arg-type]
+        self._task = asyncio.create_task(app(scope, self._receive, self._send))
 
     async def _receive(self) -> dict[str, Any]:
         await self._left.wait()
@@ -174,10 +175,14 @@ async def test_a_change_is_serialised_once_for_all(
         await page.answered()
     views: list[str] = []
     view = studio.view
-    monkeypatch.setattr(studio, "view", lambda job: views.append(job.id) or view(job))
+
+    def note(job: Job) -> Any:
+        views.append(job.id)
+        return view(job)
+
+    monkeypatch.setattr(studio, "view", note)
     await studio.star(job.id)
-    for page in pages:
-        await eventually(lambda page=page: page.heard.jobs[job.id]["starred"], "the star")
+    await eventually(lambda: all(page.heard.jobs[job.id]["starred"] for page in pages), "the star")
     assert views == [job.id]
     assert all(len(page.entries) == 2 for page in pages)
 

@@ -112,6 +112,6 @@ def test_a_malformed_form_is_refused_in_words(body: str, kind: str, status: int,
     ),
 )  # fmt: skip
 def test_no_bytes_are_a_crash(pieces: list[bytes], kind: str) -> None:
-    headers = {"content-type": kind.encode("latin-1")}
+    headers = {b"content-type": kind.encode("latin-1")}
     answer = CLIENT.post("/login", content=b"".join(pieces), headers=headers)
     assert answer.status_code in (200, 400, 415)

@@ -66,18 +66,20 @@ def fuzz(served: Served) -> set[str]:
     import schemathesis  # seconds, which the tests of the parsers need not wait for
     from schemathesis import GenerationMode
     from schemathesis.checks import not_a_server_error
+    from schemathesis.core.result import Ok
 
     url = f"{served.url}/gradio_api/openapi.json"
     schema = schemathesis.openapi.from_url(url, headers=served.headers)
     paths = set()
     for found in schema.get_all_operations():
+        assert isinstance(found, Ok), f"the schema tells of what is none: {found}"
         operation = found.ok()
         paths.add(operation.path)
         for mode in GenerationMode:
 
             @bounded
             @given(case=operation.as_strategy(generation_mode=mode))
-            def send(case: schemathesis.Case) -> None:
+            def send(case: schemathesis.Case[Any]) -> None:
                 case.call_and_validate(
                     checks=[not_a_server_error], headers=served.headers, timeout=10
                 )

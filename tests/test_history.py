@@ -17,7 +17,7 @@ import sys
 import tempfile
 import textwrap
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -785,12 +785,12 @@ class TestOrderOfThings:
         history = await opened()
         await history.add(make(1))
         with slow_disk(monkeypatch) as go:
-            calls = {
+            calls: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
                 "add": lambda: history.add(make(2)),
                 "update": lambda: history.update(job_id(1), lambda job: replace(job, note="n")),
                 "remove": lambda: history.remove(job_id(1)),
             }
-            caller = asyncio.create_task(calls[action]())  # type: ignore[arg-type]
+            caller = asyncio.create_task(calls[action]())
             await asyncio.sleep(0.05)
             caller.cancel()
             with pytest.raises(asyncio.CancelledError):

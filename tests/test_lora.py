@@ -59,7 +59,8 @@ def write_lora(
     weights = {
         key: torch.randn(weight.shape, generator=generator) * 0.1 for key, weight in weights.items()
     }
-    record = config.to_dict() | {"peft_type": "LORA"} | metadata
+    record: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]
+    record |= {"peft_type": "LORA"} | metadata
     MochiPipeline.save_lora_weights(
         folder,
         weights,

@@ -71,5 +71,5 @@ def test_a_rank_tells_its_gpu_memory_if_it_has_a_gpu(
     monkeypatch: pytest.MonkeyPatch, cuda: object, expected: int | None
 ) -> None:
     torch = SimpleNamespace(cuda=cuda) if cuda else SimpleNamespace()
-    monkeypatch.setitem(sys.modules, "torch", torch)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "torch", torch)
     assert rank.gpu_bytes() == expected

@@ -129,6 +129,7 @@ def test_frames_are_those_of_a_plain_call(
 ) -> None:
     request = replace(REQUEST, **change)
     frames = frames_of(engine, request).frames
+    assert frames is not None
     assert frames.dtype == np.uint8
     assert frames.shape == (request.num_frames, request.height, request.width, 3)
     assert np.array_equal(frames, stock_frames(stock, request))
@@ -149,6 +150,7 @@ def test_a_negative_prompt_counts_only_with_guidance(engine: Engine, plain: Resu
 def test_zeroed_empty_prompts_as_in_a_plain_call(pipe: MochiPipeline, stock: MochiPipeline) -> None:
     pipe.register_to_config(force_zeros_for_empty_prompt=True)
     frames = frames_of(Engine(pipe)).frames
+    assert frames is not None
     assert np.array_equal(frames, stock_frames(pipe, REQUEST))
     assert not np.array_equal(frames, stock_frames(stock, REQUEST))
 
@@ -158,6 +160,7 @@ def test_tiled_frames_are_those_of_a_plain_call(pipe: MochiPipeline) -> None:
     tiles: list[tuple[int, ...]] = []
     pipe.vae.decoder.register_forward_pre_hook(lambda _, args: tiles.append(args[0].shape[3:]))
     frames = frames_of(Engine(pipe)).frames
+    assert frames is not None
     assert tiles == [(6, 6), (6, 6), (4, 6), (4, 6), (6, 2), (4, 2)]
     assert np.array_equal(frames, stock_frames(pipe, REQUEST))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -138,7 +139,7 @@ def test_files_go_to_the_disk_where_fsync_does_not_reach_it(
     (tmp_path / "file").touch()
     asked: list[int] = []
     monkeypatch.setattr(files, "FULL_SYNC", 51)
-    monkeypatch.setattr(files.fcntl, "fcntl", lambda _, command: asked.append(command))
+    monkeypatch.setattr(fcntl, "fcntl", lambda _, command: asked.append(command))
     files.fsync(tmp_path / "file")
     assert asked == [51]
 
@@ -146,7 +147,7 @@ def test_files_go_to_the_disk_where_fsync_does_not_reach_it(
         raise OSError(25, "Inappropriate ioctl for device")
 
     synced: list[int] = []
-    monkeypatch.setattr(files.fcntl, "fcntl", refuse)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
     monkeypatch.setattr(os, "fsync", synced.append)
     files.fsync(tmp_path / "file")
     assert len(synced) == 1

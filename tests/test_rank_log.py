@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def told(tmp_path: Path) -> Iterator[Callable[..., str]]:
     """`told(**configuration)`: the stderr of a rank that has started."""
     children: list[Child] = []
 
-    def start(program: str = PROGRAM, **configuration: str) -> str:
+    def start(program: str = PROGRAM, **configuration: Any) -> str:
         script = tmp_path / "program.py"
         script.write_text(program)
         children.append(Child([str(script)], tmp_path))

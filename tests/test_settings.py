@@ -50,7 +50,7 @@ def test_the_environment_is_read_and_arguments_win(monkeypatch: pytest.MonkeyPat
 
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        load_settings().preview_steps = 9
+        load_settings().preview_steps = 9  # type: ignore[misc]
 
 
 def test_every_setting_is_described() -> None:

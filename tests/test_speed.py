@@ -583,11 +583,12 @@ def compiled_jobs(ranks: Ranks) -> list[tuple[str, np.ndarray[Any, Any], int]]:
     """Jobs with and without guidance, over layouts that follow it, and one that does not."""
     with quick_compilation():
         engine = build(SpeedOptions(compile=True), ranks)
-    results = []
+    results: list[tuple[str, np.ndarray[Any, Any], int]] = []
 
     def run(name: str, request: Run) -> None:
-        graphs = new_graphs(lambda: results.append((name, frames_of(engine, request))))
-        results[-1] = (*results[-1], graphs)
+        frames: list[np.ndarray[Any, Any]] = []
+        graphs = new_graphs(lambda: frames.append(frames_of(engine, request)))
+        results.append((name, frames[0], graphs))
 
     for _ in range(3):
         run("guided", SHORT)

@@ -105,7 +105,8 @@ async def test_a_question_that_fails_ends_nothing(
 async def test_tickets_that_nobody_grants_are_posted_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tickets, "WATCH_SECONDS", 0.01)
     monkeypatch.setattr(tickets, "STALL_SECONDS", 0.1)
-    queue, reasons, starving = Queue(), [], [True]
+    queue, starving = Queue(), [True]
+    reasons: list[str] = []
     posting = Tickets(
         queue.app,
         "secret",
@@ -143,7 +144,8 @@ async def test_a_ticket_is_posted_anew_where_not_one_was_left(
 async def test_a_short_wait_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tickets, "WATCH_SECONDS", 0.001)
     monkeypatch.setattr(tickets, "STALL_SECONDS", 1000)
-    queue, looks, reasons = Queue(), [0], []
+    queue, looks = Queue(), [0]
+    reasons: list[str] = []
 
     def starving() -> bool:
         looks[0] += 1

@@ -242,7 +242,7 @@ def test_transformer_training_lowers_its_loss(tmp_path: Path, untrained: MochiPi
         generator = torch.Generator().manual_seed(7)
         embedded = captions(batch.captions)
         loss = train_transformer.loss_of(training.model, batch, embedded, generator).mean()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         for optimizer in training.optimizers:
             optimizer.step()
             optimizer.zero_grad()

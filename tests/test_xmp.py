@@ -39,7 +39,9 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def boxes(content: bytes, start: int = 0, end: int | None = None) -> list[tuple[bytes, int, int]]:
+def boxes(
+    content: bytes | bytearray, start: int = 0, end: int | None = None
+) -> list[tuple[bytes, int, int]]:
     """Kind, start and end of the boxes in a range; sizes of 32 bits."""
     found = []
     while start < (len(content) if end is None else end):

@@ -113,7 +113,8 @@ def test_accepted_jobs_cannot_overbook_the_disk(small_disk: Path, serve: Serve) 
     as it takes, and all of these are made."""
     served = serve("ok").ready()
     fill(small_disk, (256 << 20) + 3_500_000)  # six times what one of them reserves
-    accepted, refusal = [], ""
+    accepted: list[dict[str, Any]] = []
+    refusal = ""
     while not refusal and len(accepted) < 20:
         try:
             accepted.append(submit(served, "slow black", 40, **LARGE))
@@ -194,7 +195,7 @@ def test_a_video_deleted_while_it_is_watched(serve: Serve) -> None:
     """A video is deleted while somebody watches it: it plays to its end, and the next who asks gets
     404."""
     served = serve("ok").ready()
-    job = made(served, **LARGE)
+    job = made(served, "a large one", **LARGE)
     whole = httpx.get(served.url + job["video_url"]).content
     with deaf_listener(served.port, job["video_url"], 1 << 16) as watcher:
         seen = watcher.recv(1000)
