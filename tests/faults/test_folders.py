@@ -15,8 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.faults.test_outputs import health, made, submit
-from tests.faults.test_store import mounted, refused_start, submit_until_refused
+from tests.faults.harms import health, made, mounted, refused_start, submit, submit_until_refused
 from tests.serving import Refusal, Served, poll
 
 Serve = Callable[..., Served]
