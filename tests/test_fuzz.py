@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,15 +117,23 @@ def types_of_messages() -> list[str]:
 @quick
 @given(line=st.binary() | anything.map(lambda value: json.dumps(value).encode()))
 def test_a_line_of_the_channel_is_a_message_or_a_protocol_error(line: bytes) -> None:
-    with contextlib.suppress(messages.ProtocolError):
-        messages.decode(line)
+    try:
+        message = messages.decode(line)
+    except messages.ProtocolError:
+        return
+    assert json.loads(messages.encode(message)) == json.loads(line)
 
 
 @quick
 @given(kind=st.sampled_from(types_of_messages()), fields=st.dictionaries(st.text(), anything))
 def test_a_message_with_other_fields_is_a_protocol_error(kind: str, fields: dict[str, Any]) -> None:
-    with contextlib.suppress(messages.ProtocolError):
-        messages.decode(json.dumps({"type": kind} | fields).encode())
+    record = {"epoch": 0} | fields | {"type": kind}
+    own = {item.name for item in dataclasses.fields(messages._TYPES[kind])}
+    if own | {"type"} == record.keys():
+        assert type(messages.decode(json.dumps(record).encode())).__name__ == kind
+        return
+    with pytest.raises(messages.ProtocolError):
+        messages.decode(json.dumps(record).encode())
 
 
 @quick
@@ -203,9 +212,23 @@ def test_any_body_is_a_form_or_none(body: bytes) -> None:
 
 @quick
 @given(body=st.binary() | anything.map(lambda value: json.dumps(value).encode()))
-def test_any_body_is_checked(body: bytes) -> None:
-    with contextlib.suppress(guards.BadBody):
-        guards.check_json(body)
+def test_a_body_that_refers_to_no_file_passes(body: bytes) -> None:
+    guards.check_json(body)
+
+
+@quick
+@given(
+    inside=st.dictionaries(st.text(), anything, max_size=3),
+    wraps=st.lists(st.text() | st.integers(0, 3), max_size=20),
+)
+def test_a_reference_to_a_file_is_found_wherever_it_lies(
+    inside: dict[str, Any], wraps: list[str | int]
+) -> None:
+    value: Any = inside | {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+    for wrap in wraps:
+        value = {"": None, wrap: value} if isinstance(wrap, str) else [*range(wrap), value, "x"]
+    with pytest.raises(guards.BadBody, match="refers to a file"):
+        guards.check_json(json.dumps(value).encode())
 
 
 @quick

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mochi_app.model_defaults import PACKAGED_DEFAULTS, load_model_defaults
+from mochi_app.model_defaults import PACKAGED_DEFAULTS, ModelDefaults, load_model_defaults
 from mochi_app.settings import SettingsError, load_settings
 
 GOOD_DEFAULTS = {
@@ -101,5 +101,8 @@ class TestModelDefaults:
         assert str(caught.value).startswith(f"model defaults in {path.resolve()}: ")
         assert expected in str(caught.value)
 
-    def test_the_packaged_file_is_whole(self) -> None:
-        assert PACKAGED_DEFAULTS.is_file()
+    def test_the_packaged_file_says_everything_itself(self) -> None:
+        said = json.loads(PACKAGED_DEFAULTS.read_text(encoding="utf-8"))
+        limits = {"max_height", "max_width", "max_num_frames"}
+        assert {"height", "width", "num_frames", "fps", "guidance_scale"} | limits <= said.keys()
+        assert ModelDefaults.model_validate_json(PACKAGED_DEFAULTS.read_bytes()).height == 480

@@ -15,6 +15,7 @@ from mochi_app.store.lock import HistoryLocked
 from tests.histories import (
     WRITER,
     Open,
+    make,
     run_child,
 )
 
@@ -33,7 +34,8 @@ class TestLock:
         finally:
             child.kill()
             child.communicate()
-        assert len(await opened()) >= 0  # the lock died with its process
+        history = await opened()  # the lock died with its process
+        assert await history.add(make(10**9)) == make(10**9)
 
     async def test_a_second_open_in_one_process_is_refused(
         self, history: History, tmp_path: Path

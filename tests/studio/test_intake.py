@@ -39,13 +39,14 @@ async def test_enhance_keeps_everything_but_the_steps(make_studio: MakeStudio) -
 
 
 async def test_enhance_twice_is_one_job_until_it_failed(make_studio: MakeStudio) -> None:
-    studio = await make_studio(enhance_steps=16)
-    preview = await ended(studio, await studio.submit(prompt="p"))
+    studio = await make_studio(enhance_steps=400)
+    preview = await ended(studio, await studio.submit(prompt="slow"))
     first = await studio.enhance(preview.id)
     assert (await studio.enhance(preview.id)).id == first.id
+    await running(studio, first)
     await studio.cancel(first.id)
-    if (await ended(studio, first)).status is JobStatus.CANCELLED:
-        assert (await studio.enhance(preview.id)).id != first.id
+    assert (await ended(studio, first)).status is JobStatus.CANCELLED
+    assert (await studio.enhance(preview.id)).id != first.id
 
 
 async def test_an_enhance_without_a_video_to_come_is_not_the_answer(

@@ -122,6 +122,15 @@ async def test_what_no_caller_needs_to_send_is_refused(
         assert answer.content == body
 
 
+async def test_the_app_reads_no_call_that_refers_to_a_file(web: Web) -> None:
+    client = (await web()).client
+    calls = ("/gradio_api/call/v2/submit_job", "/gradio_api/call/submit_job", "/api/jobs")
+    for path in calls:
+        for body in ({"prompt": FILE}, {"data": ["p", {"x": [FILE]}]}):
+            answer = await client.post(path, json=body)
+            assert (answer.status_code, "refers to a file" in answer.text) == (422, True), path
+
+
 @pytest.mark.parametrize(
     ("path", "kind", "status"),
     [
