@@ -30,7 +30,7 @@ async def test_a_restart_keeps_order_and_runs_interrupted_jobs_again(
     make_studio: MakeStudio,
 ) -> None:
     studio = await make_studio()
-    jobs = [await studio.submit(prompt="slow", num_inference_steps=60) for _ in range(3)]
+    jobs = [await studio.submit(prompt="slow", num_inference_steps=24) for _ in range(3)]
     await running(studio, jobs[0])
     await close_studio(studio)
     again = await make_studio()

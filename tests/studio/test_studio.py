@@ -51,7 +51,7 @@ async def test_a_malformed_id_is_refused_everywhere(make_studio: MakeStudio, job
 
 async def test_cancel_of_a_waiting_job(make_studio: MakeStudio) -> None:
     studio = await make_studio()
-    first = await studio.submit(prompt="slow", num_inference_steps=60)
+    first = await studio.submit(prompt="slow", num_inference_steps=24)
     waiting = await studio.submit(prompt="p")
     await running(studio, first)
     assert (await studio.cancel(waiting.id)).status is JobStatus.CANCELLED
