@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mochi_app.accounts import Account
 from mochi_app.model_defaults import ModelDefaults, load_model_defaults
 from mochi_app.setting_types import parse_slots
 from mochi_app.settings import Settings, load_settings
@@ -20,6 +21,24 @@ from mochi_app.slots.slot import Slot
 from mochi_app.store.history import History
 from mochi_app.store.media import MediaStore
 from mochi_app.studio.studio import Studio
+from tests.clocks import Clock
+from tests.people import cheap
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+@pytest.fixture
+def auth_file(tmp_path: Path) -> Path:
+    """Ann, and Ada the admin. Their passwords are `NAME's password`."""
+    path = tmp_path / "accounts"
+    people = [Account("ann", cheap("ann's password"))]
+    people.append(Account("ada", cheap("ada's password"), admin=True))
+    path.write_text("# the team\n\n" + "".join(f"{person}\n" for person in people))
+    return path
+
 
 DEADLINE = 30.0  # seconds; a test that waits longer has failed
 

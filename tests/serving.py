@@ -154,6 +154,16 @@ class Served:
         """Wait until the job has done `step` steps."""
         poll(lambda: self.job(job_id)["step"] >= step, f"step {step} of job {job_id}")
 
+    def waits(self, job_id: str, reason: str = "") -> str:
+        """Wait until the job tells why it waits, with `reason` in it; what it tells."""
+
+        def look() -> str | None:
+            told: str = self.job(job_id)["waits_for"] or ""
+            return told if reason in told else None
+
+        told: str = poll(look, f"a reason of job {job_id} to wait: {reason}")
+        return told
+
     def terminate(self, timeout: float = 15) -> int:
         """SIGTERM; returns the exit status."""
         self.process.send_signal(signal.SIGTERM)

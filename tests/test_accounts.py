@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -14,18 +16,14 @@ import httpx
 import pytest
 
 from mochi_app import accounts, files
-from mochi_app.accounts import Account, Accounts, AccountsError, PasswordHash
+from mochi_app.accounts import Account, Accounts, AccountsError
 from mochi_app.files import PROJECT_DIR
+from tests.people import cheap
 from tests.serving import Served, poll
 
-SALT = b"salt of a test"
 SERVER_UID = 1000
+
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-
-
-def cheap(password: str) -> PasswordHash:
-    """A hash that costs nothing to check."""
-    return PasswordHash(2, 1, 1, SALT, accounts.derive(password, 2, 1, 1, SALT))
 
 
 def line(name: str) -> str:
@@ -376,3 +374,81 @@ def test_healthz_tells_of_accounts_that_cannot_be_used(
     path.write_text("# nobody any more\n")
     assert server.get("/healthz").status_code == 503
     assert httpx.get(f"{server.url}/metrics", cookies=cookies).status_code == 401
+
+
+# Accounts
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("ann", "expected name:hash"),
+        ("ann:x:y:z", "expected name:hash"),
+        ("ann:x:root", "expected name:hash"),
+        (f"anon-1:{cheap('p')}", "a name of 1 to 64"),
+        (f"api:{cheap('p')}", "a name of 1 to 64"),
+        (f"a b:{cheap('p')}", "a name of 1 to 64"),
+        (f":{cheap('p')}", "a name of 1 to 64"),
+        ("ann:plain password", "the hash of ann: expected scrypt"),
+        (f"ann:{str(cheap('p')).replace('$2$', '$3$', 1)}", "a power of two"),
+        (f"ann:{str(cheap('p')).replace('$2$', '$1073741824$', 1)}", "up to 262144"),
+        (f"ann:{str(cheap('p'))[:-8]}!!!!", "base64"),
+        (f"ann:{cheap('p')}\nann:{cheap('p')}", "line 2: ann has a line already"),
+    ],
+)
+def test_a_bad_line_is_named_and_shows_no_hash(line: str, told: str) -> None:
+    with pytest.raises(AccountsError, match=re.escape(told)) as error:
+        accounts.parse_accounts(line)
+    assert str(error.value).startswith("line ")
+    assert "plain password" not in str(error.value)
+
+
+def test_accounts_are_added_changed_and_removed_by_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "accounts"
+
+    def command(typed: str, *words: str) -> int:
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        return accounts.main(["--file", str(path), *words])
+
+    assert command("first password\n", "add", "ann") == 0
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert "first" not in path.read_text()
+    path.write_text("# a remark\n" + path.read_text())
+    assert command("other password\n", "add", "ada", "--admin") == 0
+    assert command("second password\n", "add", "ann") == 0
+    known = Accounts(path)
+    assert known.check("ann", "first password") is None
+    assert (found := known.check("ann", "second password"))
+    assert not found.admin
+    assert (found := known.find("ada"))
+    assert found.admin
+    assert path.read_text().startswith("# a remark\n")
+    assert command("", "remove", "ann") == 0
+    assert known.find("ann") is None
+    assert command("short\n", "add", "bob") == 2
+    assert "password: got 5 characters, expected 8" in capsys.readouterr().err
+    assert command("long enough\n", "add", "anon-1") == 2
+    assert command("", "remove", "ann") == 2
+
+
+def test_the_command_takes_the_file_of_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("long enough\n"))
+    assert accounts.main(["add", "ann"]) == 2
+    monkeypatch.setenv("MOCHI_AUTH_FILE", str(tmp_path / "accounts"))
+    assert accounts.main(["add", "ann"]) == 0
+    assert Accounts(tmp_path / "accounts").find("ann")
+
+
+def test_a_file_that_goes_bad_leaves_in_force_what_was_read(
+    auth_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = Accounts(auth_file)
+    auth_file.write_text("ann")
+    assert known.find("ann")
+    assert "the ones read before stay in force" in caplog.text
+    auth_file.unlink()
+    assert known.find("ann")
+    with pytest.raises(AccountsError, match="accounts in"):
+        Accounts(auth_file)

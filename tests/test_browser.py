@@ -8,37 +8,34 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from playwright import sync_api
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Page, Request, expect
 
 from mochi_app import accounts
+from tests.browsing import (
+    CARD,
+    CHROMIUM,
+    CHROMIUM_ARGS,
+    PATIENCE,
+    PROBLEM,
+    PROMPT,
+    SEED,
+    TILE,
+    generate,
+    job_id,
+    playing,
+    tile,
+)
 from tests.serving import Served, poll
 
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-CHROMIUM_ARGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-)
 # Gradio gives what an accordion shows its values in the frame after it has opened.
-TWO_FRAMES = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
-PATIENCE = 30.0  # seconds; what has not come by then has failed
-
-PROMPT = "#mochi-prompt-box textarea"
-TILE = "#mochi-panel .m-tile"
-CARD = "#mochi-gallery .m-card"
-PROBLEM = "#mochi-form .m-problem"
-SEED = "#mochi-seed input[type=text]"
 
 pytestmark = [
     pytest.mark.browser,
@@ -103,8 +100,9 @@ def open_page(server: str, browser: Browser, watch: Watch) -> Iterator[Open]:
     """`open_page(address, **context options)`: the page in a fresh context, once it is there."""
     contexts: list[BrowserContext] = []
 
-    def open_one(address: str = "", **options: object) -> Page:
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+    def open_one(address: str = "", **options: Any) -> Page:
+        options.setdefault("viewport", {"width": 1280, "height": 900})
+        context = browser.new_context(**options)
         context.set_default_timeout(PATIENCE * 1000)
         watch.follow(context)
         contexts.append(context)
@@ -122,57 +120,6 @@ def open_page(server: str, browser: Browser, watch: Watch) -> Iterator[Open]:
 @pytest.fixture(autouse=True)
 def patience() -> None:
     expect.set_options(timeout=PATIENCE * 1000)
-
-
-def generate(page: Page, prompt: str, **settings: int) -> str:
-    """Fill in the form and press the button; the new job's id, as the address shows it."""
-    page.fill(PROMPT, prompt)
-    if settings:
-        open_settings(page)
-    for label, value in settings.items():
-        number = page.get_by_label(f"number input for {label}", exact=True)
-        slider = page.get_by_label(f"range slider for {label}", exact=True)
-
-        def set_it(number: Locator = number, slider: Locator = slider, value: int = value) -> bool:
-            number.fill(str(value))
-            page.keyboard.press("Tab")
-            page.evaluate(TWO_FRAMES)
-            return slider.input_value() == str(value)
-
-        # An accordion that has just opened may still write its own value over the first one.
-        poll(set_it, f"{label} to be {value}", PATIENCE)
-    before = page.url
-    page.click("#mochi-generate")
-    page.wait_for_url(lambda url: url != before)
-    return job_id(page.url)
-
-
-def open_settings(page: Page) -> None:
-    if not page.get_by_label("number input for Steps").is_visible():
-        page.click("#mochi-settings > button")
-        page.evaluate(TWO_FRAMES)
-
-
-def job_id(url: str) -> str:
-    return parse_qs(urlsplit(url).query)["job"][0]
-
-
-def tile(page: Page, name: str) -> sync_api.Locator:
-    """The tile whose heading starts with `name`."""
-    return page.locator(TILE, has=page.locator("h3", has_text=re.compile(f"^{name}")))
-
-
-def playing(page: Page, name: str) -> dict[str, float]:
-    """Wait until the tile's video has advanced; its measures."""
-    video = tile(page, name).locator("video").element_handle()
-    assert video is not None
-    page.wait_for_function("video => video.readyState >= 2 && video.currentTime > 0", arg=video)
-    began = video.evaluate("video => video.currentTime")
-    page.wait_for_function("([video, began]) => video.currentTime !== began", arg=[video, began])
-    measured: dict[str, float] = video.evaluate(
-        "v => ({duration: v.duration, width: v.videoWidth, height: v.videoHeight})"
-    )
-    return measured
 
 
 def test_from_prompt_to_comparison_and_back(server: str, open_page: Open) -> None:
@@ -343,7 +290,12 @@ def test_use_again_and_a_pinned_seed(open_page: Open) -> None:
 def streams(page: Page) -> list[str]:
     """Fill the list with what each stream of events asks for, as they are opened."""
     opened: list[str] = []
-    page.on("request", lambda request: "/events?" in request.url and opened.append(request.url))
+
+    def note(request: Request) -> None:
+        if "/events?" in request.url:
+            opened.append(request.url)
+
+    page.on("request", note)
     return opened
 
 

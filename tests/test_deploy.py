@@ -15,9 +15,9 @@ from playwright.sync_api import Browser, expect
 from mochi_app import accounts
 from mochi_app.files import PROJECT_DIR
 from tests import proxies
+from tests.browsing import CHROMIUM, CHROMIUM_ARGS, PROMPT, generate, playing
 from tests.proxies import CADDY, NGINX, PREFIX, needs
 from tests.serving import DEADLINE, Served, free_port
-from tests.test_browser import CHROMIUM, CHROMIUM_ARGS, PROMPT, generate, playing
 
 pytestmark = [pytest.mark.browser, needs(CHROMIUM)]
 

@@ -23,8 +23,8 @@ TOKEN = "the token of this test's machine"
 @pytest.fixture(scope="module")
 def node() -> str:
     """The node program, with the packages of tests/js/package-lock.json beside the scripts."""
-    programs = {name: shutil.which(name) for name in ("node", "npm")}
-    missing = [name for name, found in programs.items() if found is None]
+    programs = {name: shutil.which(name) or "" for name in ("node", "npm")}
+    missing = [name for name, found in programs.items() if not found]
     if missing:
         pytest.fail(f"{' and '.join(missing)} not found: apt-get install nodejs npm")
     installed = FOLDER / "node_modules" / ".package-lock.json"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import sys
 
 import pytest
 
+from mochi_app import logs
 from mochi_app.logs import JsonLines, Lines, about
 
 HOSTILE = "\x1b[31mred\x1b[0m\n2026-01-01 INFO forged\r\u202eright to left\u2028"
@@ -55,3 +57,16 @@ def test_json_has_fields_and_the_traceback() -> None:
     assert told["message"] == "failed"
     assert told["trace"][0].startswith("Traceback")
     assert "\x1b" not in "".join(told["trace"])
+
+
+# Log
+def test_what_is_written_to_stderr_becomes_lines_of_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stream = logs.LoggedLines(behind := io.StringIO())
+    for part in ("Trace", "back\nValueError: \x1b[2J\n2026 ERROR forged\n", "not yet"):
+        stream.write(part)
+    assert caplog.messages == ["Traceback", "ValueError: \x1b[2J", "2026 ERROR forged"]
+    stream._busy = True
+    stream.write("\x1b[2J")
+    assert behind.getvalue() == "\\x1b[2J\n"

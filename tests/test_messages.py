@@ -74,7 +74,7 @@ def line(told: Any) -> bytes:
     return json.dumps(told).encode() + b"\n"
 
 
-def leaves(kind: type) -> set[str]:
+def leaves(kind: type[Message]) -> set[str]:
     """By name, since a dataclass with slots leaves its first draft among the subclasses."""
     return {name for sub in kind.__subclasses__() for name in leaves(sub)} or {kind.__name__}
 

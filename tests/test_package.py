@@ -18,7 +18,8 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 
 def folder_of(package: str) -> Path:
     """Where the checkout has a package of the wheel."""
-    return PROJECT_DIR / SETUPTOOLS["package-dir"].get(package, package.replace(".", "/"))
+    folders: dict[str, str] = SETUPTOOLS["package-dir"]
+    return PROJECT_DIR / folders.get(package, package.replace(".", "/"))
 
 
 def installed_data() -> set[Path]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,35 +39,30 @@ MISSING = 'raise AttributeError("dlsym: symbol not found")'
 REFUSED = "return lambda *_: -1"
 
 
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
-    """`serve(prctl, **settings)`: a started server of the app unlike Linux."""
-    started: list[Served] = []
-
-    def start(prctl: str, **settings: str) -> Served:
-        (tmp_path / "sitecustomize.py").write_text(UNLIKE_LINUX.format(prctl=prctl))
-        started.append(Served(tmp_path / "data", PYTHONPATH=str(tmp_path), **settings))
-        return started[-1].start()
-
-    yield start
-    for served in started:
-        served.end()
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server of the app unlike Linux, with a slot of two ranks."""
+    folder = tmp_path_factory.mktemp("unlike_linux")
+    (folder / "sitecustomize.py").write_text(UNLIKE_LINUX.format(prctl=MISSING))
+    server = Served(
+        folder / "data", PYTHONPATH=str(folder), MOCHI_NUM_FRAMES="7", MOCHI_SLOTS="cpu*2"
+    )
+    yield server.start().ready()
+    server.end()
 
 
-def test_a_preview_is_made_and_no_rank_outlives_the_server(serve: Callable[..., Served]) -> None:
-    served = serve(MISSING, MOCHI_NUM_FRAMES="7").ready()
+def test_two_ranks_meet_and_make_a_preview(served: Served) -> None:
     job = served.call("submit_job", prompt="a red circle", seed=1)
     assert served.ended(job["id"])["status"] == "COMPLETED"
+
+
+def test_no_rank_outlives_the_server(served: Served) -> None:
+    """The last of the module to use the server, which it kills."""
     pids = served.pids()
+    assert len(pids) == 2
     served.kill()
     poll(lambda: not any(alive(pid) for pid in pids), "the end of the ranks")
     assert "Traceback" not in served.log.read_text()
-
-
-def test_two_ranks_meet(serve: Callable[..., Served]) -> None:
-    served = serve(MISSING, MOCHI_NUM_FRAMES="7", MOCHI_SLOTS="cpu*2").ready()
-    job = served.call("submit_job", prompt="a red circle", seed=1)
-    assert served.ended(job["id"])["status"] == "COMPLETED"
 
 
 CHILD = """
@@ -138,7 +134,7 @@ def test_files_go_to_the_disk_where_fsync_does_not_reach_it(
     (tmp_path / "file").touch()
     asked: list[int] = []
     monkeypatch.setattr(files, "FULL_SYNC", 51)
-    monkeypatch.setattr(files.fcntl, "fcntl", lambda _, command: asked.append(command))
+    monkeypatch.setattr(fcntl, "fcntl", lambda _, command: asked.append(command))
     files.fsync(tmp_path / "file")
     assert asked == [51]
 
@@ -146,7 +142,7 @@ def test_files_go_to_the_disk_where_fsync_does_not_reach_it(
         raise OSError(25, "Inappropriate ioctl for device")
 
     synced: list[int] = []
-    monkeypatch.setattr(files.fcntl, "fcntl", refuse)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
     monkeypatch.setattr(os, "fsync", synced.append)
     files.fsync(tmp_path / "file")
     assert len(synced) == 1

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from mochi_app.model_defaults import PACKAGED_DEFAULTS, load_model_defaults
 from mochi_app.setting_types import SlotSpec, parse_slots
 from mochi_app.settings import Settings, SettingsError, load_settings
-
-GOOD_DEFAULTS = {
-    "height": 128,
-    "width": 192,
-    "num_frames": 25,
-    "fps": 12,
-    "guidance_scale": 3.0,
-    "max_height": 256,
-    "max_width": 320,
-    "max_num_frames": 49,
-}
+from tests.people import TOKEN
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +38,7 @@ def test_the_environment_is_read_and_arguments_win(monkeypatch: pytest.MonkeyPat
 
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        load_settings().preview_steps = 9
+        load_settings().preview_steps = 9  # type: ignore[misc]
 
 
 def test_every_setting_is_described() -> None:
@@ -151,83 +138,18 @@ def test_slots_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [slot.devices for slot in load_settings().slots] == [("0", "1"), ("2",)]
 
 
-class TestModelDefaults:
-    @pytest.fixture
-    def model(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.setenv("MOCHI_MODEL", str(tmp_path))
-        return tmp_path
+def test_a_short_token_is_refused_and_not_shown() -> None:
+    with pytest.raises(SettingsError, match=r"MOCHI_API_TOKEN=…: .*20") as error:
+        load_settings(api_token="hunter2")
+    assert "hunter2" not in str(error.value)
+    assert TOKEN not in repr(load_settings(api_token=TOKEN))
 
-    @staticmethod
-    def describe(model: Path, **changes: Any) -> None:
-        text = json.dumps(GOOD_DEFAULTS | changes)
-        (model / "mochi_defaults.json").write_text(text, encoding="utf-8")
 
-    def test_the_packaged_ones_are_those_of_genmo(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("MOCHI_MODEL", "genmo/mochi-1-preview")
-        settings = load_settings()
-        assert settings.model_dir is None
-        found = load_model_defaults(settings)
-        assert (found.height, found.width, found.num_frames, found.fps) == (480, 848, 163, 30)
-        assert found.guidance_scale == 4.5
-        assert found.notice is None
-
-    def test_a_folder_without_a_file_takes_the_packaged_ones(self, model: Path) -> None:
-        assert load_settings().model_dir == model.resolve()
-        assert load_model_defaults(load_settings()).height == 480
-
-    def test_the_folders_file_comes_before_the_packaged_one(self, model: Path) -> None:
-        self.describe(model, notice="tiny", examples=["a", "b"])
-        found = load_model_defaults(load_settings())
-        assert (found.height, found.max_height, found.fps) == (128, 256, 12)
-        assert (found.notice, found.examples) == ("tiny", ("a", "b"))
-
-    def test_the_environment_comes_first(
-        self, model: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        self.describe(model)
-        for name, value in {"HEIGHT": "64", "NUM_FRAMES": "7", "GUIDANCE_SCALE": "0"}.items():
-            monkeypatch.setenv(f"MOCHI_{name}", value)
-        found = load_model_defaults(load_settings())
-        assert (found.height, found.num_frames, found.guidance_scale) == (64, 7, 0)
-        assert (found.width, found.fps) == (192, 12)
-
-    @pytest.mark.parametrize(
-        ("name", "value", "expected"),
-        [
-            ("HEIGHT", "272", "at most 256"),
-            ("WIDTH", "336", "at most 320"),
-            ("NUM_FRAMES", "55", "6k+1, at most 49"),
-            ("NUM_FRAMES", "24", "6k+1, at most 49"),
-        ],
+@pytest.mark.parametrize("value", ["example.org", "https://a/b", "*", "https://", "ftp://a"])
+def test_an_origin_is_scheme_and_host(value: str) -> None:
+    with pytest.raises(SettingsError, match="expected origins such as"):
+        load_settings(allowed_origins=value)
+    assert load_settings(allowed_origins="HTTPS://A.b:8443, http://[::1]").allowed_origins == (
+        "https://a.b:8443",
+        "http://[::1]",
     )
-    def test_a_default_beyond_the_model(
-        self, model: Path, name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        self.describe(model)
-        monkeypatch.setenv(f"MOCHI_{name}", value)
-        with pytest.raises(SettingsError) as caught:
-            load_model_defaults(load_settings())
-        assert str(caught.value) == f"MOCHI_{name}={value}: expected {expected}"
-
-    @pytest.mark.parametrize(
-        ("content", "expected"),
-        [
-            ("", "Expecting value"),
-            ("{", "Expecting property name"),
-            ("[]", "mochi_defaults.json"),
-            ("{}", "height"),
-            (json.dumps(GOOD_DEFAULTS | {"height": 100}), "multiple of 16"),
-            (json.dumps(GOOD_DEFAULTS | {"guidance_scale": float("nan")}), "finite number"),
-            (b"\xff\xfe", "decode"),
-        ],
-    )
-    def test_a_bad_file_is_named(self, model: Path, content: Any, expected: str) -> None:
-        path = model / "mochi_defaults.json"
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        with pytest.raises(SettingsError) as caught:
-            load_model_defaults(load_settings())
-        assert str(caught.value).startswith(f"model defaults in {path.resolve()}: ")
-        assert expected in str(caught.value)
-
-    def test_the_packaged_file_is_whole(self) -> None:
-        assert PACKAGED_DEFAULTS.is_file()

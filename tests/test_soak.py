@@ -58,7 +58,7 @@ class Listing:
 def test_every_job_is_one_request_and_every_request_one_job(
     listed: dict[str, str | None], wrong: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(soak.httpx, "get", lambda url: SimpleNamespace(content=b""))
+    monkeypatch.setattr(httpx, "get", lambda url: SimpleNamespace(content=b""))
     monkeypatch.setattr(soak, "frames_hash", lambda content: "calm")
     ledger = Ledger()
     for key, answer in {"a": "j1", "b": "j2", "gone": "j9", "no": None, "open": ...}.items():

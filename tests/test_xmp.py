@@ -23,11 +23,15 @@ from mochi_app.store.metadata import (
     read_metadata,
     read_poster_metadata,
 )
-from tests.test_backups import kept, video
+from tests.histories import kept
+from tests.videos import blank_tags, box, boxes, video
 
 FRAMES = np.random.default_rng(1).integers(0, 255, (7, 64, 64, 3), dtype=np.uint8)
+
 PROMPT = 'a <b>bold</b> & "quoted" ]]> \x00\x1b[31m\u202eright\u202c שלום 🎥 \ufffe end\r\n\ttwo'
+
 METADATA: dict[str, Any] = {"job_id": "1", "prompt": PROMPT, "seed": 4294967295}
+
 UUID = xmp.XMP_UUID
 
 
@@ -37,30 +41,6 @@ def path(tmp_path: Path) -> Path:
     path = tmp_path / "x.mp4"
     encode.write_video(FRAMES, path, fps=12, prompt=PROMPT, metadata=METADATA)
     return path
-
-
-def boxes(content: bytes, start: int = 0, end: int | None = None) -> list[tuple[bytes, int, int]]:
-    """Kind, start and end of the boxes in a range; sizes of 32 bits."""
-    found = []
-    while start < (len(content) if end is None else end):
-        size, kind = struct.unpack(">I4s", content[start : start + 8])
-        found.append((kind, start, start + size))
-        start += size
-    return found
-
-
-def box(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I4s", 8 + len(content), kind) + content
-
-
-def blank_tags(path: Path) -> None:
-    """What a chat service was seen to do: the children of moov/udta become `skip`, all zeros."""
-    content = bytearray(path.read_bytes())
-    (moov,) = [b for b in boxes(content) if b[0] == b"moov"]
-    (udta,) = [b for b in boxes(content, moov[1] + 8, moov[2]) if b[0] == b"udta"]
-    for _, start, end in boxes(content, udta[1] + 8, udta[2]):
-        content[start + 4 : end] = b"skip" + bytes(end - start - 8)
-    path.write_bytes(content)
 
 
 def comment_of(path: Path) -> str | None:
@@ -143,6 +123,7 @@ def test_any_prompt_comes_back(tmp_path: Path, seed: int) -> None:
 
 
 OURS = box(b"uuid", UUID + packet('<m:json>{"prompt":"ours"}</m:json>'))
+
 FOUND = {
     "64-bit size": struct.pack(">I4sQ", 1, b"uuid", 8 + len(OURS)) + OURS[8:],
     "to the end": struct.pack(">I4s", 0, b"uuid") + OURS[8:],
@@ -177,6 +158,7 @@ def test_the_box_is_found_wherever_it_lies(path: Path, content: bytes) -> None:
 BOMB = '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa">' + "".join(
     f'<!ENTITY {chr(98 + n)} "{f"&{chr(97 + n)};" * 10}">' for n in range(9)
 )
+
 HOSTILE = {
     "none": b"",
     "bomb": box(b"uuid", UUID + packet("<m:json>&j;</m:json>", BOMB + "]>")),
@@ -237,8 +219,6 @@ async def test_a_restore_believes_either_place(tmp_path: Path) -> None:
 
 
 # Posters
-
-
 def test_a_poster_tells_the_same(tmp_path: Path) -> None:
     encode.save(FRAMES, tmp_path, "job", fps=12, prompt=PROMPT, metadata=METADATA)
     assert read_poster_metadata(tmp_path / "job.webp") == METADATA

@@ -1,7 +1,7 @@
 """Mochi's joint attention for training: the whole batch in one masked call.
 
 The stock processor loops over samples and cuts each one's padding away, which costs most of the
-time of a small model. Here padded text is masked instead; `tests/test_tiny_model.py` compares the
+time of a small model. Here padded text is masked instead; `tests/tiny/test_model.py` compares the
 two.
 """
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from playwright.sync_api import Page, sync_playwright
 
 from tests.benchmarks.report import table
+from tests.browsing import CHROMIUM, CHROMIUM_ARGS, PROMPT, tile
 from tests.serving import Served
-from tests.test_browser import CHROMIUM, CHROMIUM_ARGS, PROMPT, tile
 
 PROMPTS = (
     "a red circle moving left on a blue background",

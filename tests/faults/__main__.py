@@ -16,8 +16,9 @@ def cases() -> Iterator[tuple[str, str, str]]:
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         area = path.stem.removeprefix("test_").replace("_", " ")
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            if not named or not node.name.startswith("test_"):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if not node.name.startswith("test_"):
                 continue
             harm, colon, promise = " ".join((ast.get_docstring(node) or "").split()).partition(": ")
             if not colon:

@@ -49,8 +49,10 @@ def harm_videos(flag: Path) -> None:
     """Die between a video and its record."""
     finalise = MediaStore.finalise
 
-    def harmed(self: MediaStore, *arguments: Any) -> tuple[str, str]:
-        names = finalise(self, *arguments)
+    def harmed(
+        self: MediaStore, job_id: str, slot: int, video_name: str, poster_name: str
+    ) -> tuple[str, str]:
+        names = finalise(self, job_id, slot, video_name, poster_name)
         if flag.exists():
             os.kill(os.getpid(), signal.SIGKILL)
         return names
@@ -72,11 +74,13 @@ def harm_filing(flag: Path) -> None:
     """Refuse every finished video with the error that `flag` names."""
     finalise = MediaStore.finalise
 
-    def harmed(self: MediaStore, *arguments: Any) -> tuple[str, str]:
+    def harmed(
+        self: MediaStore, job_id: str, slot: int, video_name: str, poster_name: str
+    ) -> tuple[str, str]:
         if flag.exists():
             number = getattr(errno, flag.read_text())
             raise OSError(number, os.strerror(number))
-        return finalise(self, *arguments)
+        return finalise(self, job_id, slot, video_name, poster_name)
 
     MediaStore.finalise = harmed  # type: ignore[method-assign]
 

@@ -126,11 +126,12 @@ def test_a_cookie_is_forged(closed: Served) -> None:
 def test_a_ticket_is_forged(closed: Served) -> None:
     """A ticket's header is forged to take a turn at a slot: refused, with a login and without."""
     turn = f"{closed.url}/gradio_api/call/engine_turn"
-    for secret in ("", "guess", "é".encode(), TOKEN):
-        answer = post(turn, json={"data": []}, headers=[(SECRET_HEADER, secret)])
+    for secret in (b"", b"guess", "é".encode(), TOKEN.encode()):
+        forged = (SECRET_HEADER.encode(), secret)
+        answer = post(turn, json={"data": []}, headers=[forged])
         assert answer.status_code == 401
-        known = closed.headers.items()
-        posted = post(turn, json={"data": []}, headers=[*known, (SECRET_HEADER, secret)])
+        known = [(name.encode(), value.encode()) for name, value in closed.headers.items()]
+        posted = post(turn, json={"data": []}, headers=[*known, forged])
         stream = closed.get(f"/gradio_api/call/engine_turn/{posted.json()['event_id']}").text
         assert "event: error" in stream
         assert "the app's own" in stream

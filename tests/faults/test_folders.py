@@ -8,14 +8,14 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.faults.test_outputs import health, made, submit
-from tests.faults.test_store import mounted, refused_start, submit_until_refused
+from tests.faults.harms import health, made, mounted, refused_start, submit, submit_until_refused
 from tests.serving import Refusal, Served, poll
 
 Serve = Callable[..., Served]
@@ -46,6 +46,15 @@ def is_empty(folder: Path) -> bool:
     return not any(folder.iterdir())
 
 
+def put_back(path: Path, number: int) -> bool:
+    """Whether the server has a file of its own at `path`, not the inode `number`."""
+    return (
+        path.exists()
+        and path.stat().st_ino != number
+        and path.read_text().strip() not in ("", "another")
+    )
+
+
 def test_the_data_folder_is_moved_away(serve: Serve) -> None:
     """The data folder is moved away under the running server, with or without an empty one in its
     place: whatever is to be kept is refused with the reason, nothing is written into the empty one,
@@ -67,11 +76,9 @@ def test_the_data_folder_is_moved_away(serve: Serve) -> None:
             with pytest.raises(Refusal, match="the data folder is not the one"):
                 served.call(name, job_id=kept["id"])
         finished = f"scratch/0/{job['id']}.mp4"
-        poll(lambda finished=finished: (away / finished).exists(), "the finished video")
+        poll((away / finished).exists, "the finished video")
         assert served.job(job["id"])["status"] == "PROCESSING"
-        poll(
-            lambda job=job: "data folder" in (served.job(job["id"])["waits_for"] or ""), "a reason"
-        )
+        served.waits(job["id"], "data folder")
         if replaced:
             assert is_empty(data)
             data.rmdir()
@@ -109,7 +116,8 @@ def test_the_data_folder_is_unmounted(serve: Serve, mount: Mount, tmp_path: Path
     """The disk of the data folder is unmounted under the running server: jobs are refused with the
     reason, nothing is written where it was, and once it is mounted again the server goes on."""
     data, disk = tmp_path / "data", tmp_path / "disk"
-    data.mkdir(), disk.mkdir()
+    data.mkdir()
+    disk.mkdir()
     mount("--bind", disk, data)
     served = serve("ok").ready()
     job = submit(served, "slow", CHECKPOINTED)
@@ -178,14 +186,7 @@ def test_the_lock_file_is_removed(serve: Serve, tmp_path: Path) -> None:
             path.rename(tmp_path / "other")
             if replaced:
                 path.write_text("another")
-            poll(
-                lambda path=path, number=number: (
-                    path.exists()
-                    and path.stat().st_ino != number
-                    and path.read_text().strip() not in ("", "another")
-                ),
-                name,
-            )
+            poll(partial(put_back, path, number), name)
             assert f"in use by process {served.process.pid}:" in refused_start(served.data_dir)
             known.add(made(served)["id"])
     served.kill()
@@ -268,13 +269,9 @@ def test_a_folder_of_outputs_is_unusable(serve: Serve, name: str) -> None:
                 )
                 assert name in reason[0], harm
                 waiting = submit(served, "waits")
-                poll(
-                    lambda job=running: served.job(job["id"])["waits_for"],
-                    "a finished job that waits",
-                )
+                served.waits(running["id"])
                 assert served.job(running["id"])["status"] in ("PROCESSING", "PENDING")
-                view = poll(lambda job=waiting: served.job(job["id"])["waits_for"], "a reason")
-                assert name in view
+                assert name in served.waits(waiting["id"])
                 assert served.job(waiting["id"])["status"] == "PENDING"
                 assert httpx.get(f"{served.url}/metrics").status_code == 200
             else:
@@ -301,12 +298,7 @@ def test_a_disk_that_refuses_to_file_a_video(serve: Serve, tmp_path: Path) -> No
         flag.write_text(number)
         finished, waiting = submit(served, "p"), submit(served, "p")
         reason = os.strerror(getattr(errno, number))
-        poll(
-            lambda job=finished, reason=reason: (
-                reason in (served.job(job["id"])["waits_for"] or "")
-            ),
-            reason,
-        )
+        served.waits(finished["id"], reason)
         assert served.job(finished["id"])["status"] == "PROCESSING"
         assert health(served).status_code == 503
         assert served.job(waiting["id"])["status"] == "PENDING"
@@ -340,7 +332,7 @@ def test_finished_work_outlives_a_restart(serve: Serve, tmp_path: Path) -> None:
         flag.write_text("EROFS")
         served = serve("ok", FAULTS_FILING=str(flag)).ready()
         job = submit(served, "p")
-        poll(lambda served=served, job=job: served.job(job["id"])["waits_for"], "a reason")
+        served.waits(job["id"])
         path = served.data_dir / "scratch" / "0" / f"{job['id']}.mp4"
         number = path.stat().st_ino
         end(served)
@@ -393,7 +385,8 @@ def test_the_videos_are_on_a_disk_of_their_own(serve: Serve, mount: Mount, tmp_p
     """`videos/` is a disk of its own, which is unmounted under the running server and mounted
     again: no video is filed where the disk was, and the server goes on when it is back."""
     disk, videos = tmp_path / "disk", tmp_path / "data" / "videos"
-    disk.mkdir(), videos.mkdir(parents=True)
+    disk.mkdir()
+    videos.mkdir(parents=True)
     mount("-t", "tmpfs", "-o", "size=8m", "tmpfs", disk)
     mount("--bind", disk, videos)
     served = serve("ok").ready()
@@ -409,7 +402,7 @@ def test_the_videos_are_on_a_disk_of_their_own(serve: Serve, mount: Mount, tmp_p
     assert (ended["status"], ended["attempts"]) == ("COMPLETED", 1)
     for view in (before, ended):
         assert httpx.get(f"{served.url}/files/{view['id']}").status_code == 200
-        poll(lambda view=view: served.job(view["id"])["video_url"], "the video")
+    poll(lambda: all(served.job(view["id"])["video_url"] for view in (before, ended)), "the videos")
     served.call("delete_job", job_id=before["id"])
     served.terminate()
 

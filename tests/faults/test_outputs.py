@@ -20,12 +20,11 @@ from mochi_app.store.metadata import (
     read_poster_metadata,
 )
 from tests.crowds import deaf_listener
+from tests.faults.harms import LARGE, health, made, submit
 from tests.serving import Refusal, Served, poll
-from tests.test_xmp import blank_tags
+from tests.videos import blank_tags
 
 Serve = Callable[..., Served]
-SMALL = {"height": 64, "width": 64, "num_frames": 7}
-LARGE = {"height": 192, "width": 192, "num_frames": 61}  # of noise: 1.5 MB, 0.56 reserved
 
 
 @pytest.fixture
@@ -48,21 +47,6 @@ def fill(folder: Path, leave: int) -> Path:
     return filler
 
 
-def submit(served: Served, prompt: str, steps: int = 8, **size: int) -> dict[str, Any]:
-    """A job, of the smallest size unless told."""
-    job: dict[str, Any] = served.call(
-        "submit_job", prompt=prompt, num_inference_steps=steps, **(size or SMALL)
-    )
-    return job
-
-
-def made(served: Served, prompt: str = "a video", **size: int) -> dict[str, Any]:
-    """A finished job."""
-    job = served.ended(submit(served, prompt, **size)["id"])
-    assert job["status"] == "COMPLETED", job["error"]
-    return job
-
-
 def test_a_job_waits_for_room_on_the_disk(small_disk: Path, serve: Serve) -> None:
     """The disk fills up before a job starts: the job waits, page, API and /healthz say why, new
     jobs are refused, and it is made as soon as there is room."""
@@ -81,10 +65,6 @@ def test_a_job_waits_for_room_on_the_disk(small_disk: Path, serve: Serve) -> Non
     ended = served.ended(second["id"])
     assert (ended["status"], ended["attempts"]) == ("COMPLETED", 1)
     assert health(served).status_code == 200
-
-
-def health(served: Served) -> httpx.Response:
-    return httpx.get(f"{served.url}/healthz", timeout=30)
 
 
 def test_a_disk_that_fills_up_while_a_video_is_written(small_disk: Path, serve: Serve) -> None:
@@ -113,7 +93,8 @@ def test_accepted_jobs_cannot_overbook_the_disk(small_disk: Path, serve: Serve) 
     as it takes, and all of these are made."""
     served = serve("ok").ready()
     fill(small_disk, (256 << 20) + 3_500_000)  # six times what one of them reserves
-    accepted, refusal = [], ""
+    accepted: list[dict[str, Any]] = []
+    refusal = ""
     while not refusal and len(accepted) < 20:
         try:
             accepted.append(submit(served, "slow black", 40, **LARGE))
@@ -194,7 +175,7 @@ def test_a_video_deleted_while_it_is_watched(serve: Serve) -> None:
     """A video is deleted while somebody watches it: it plays to its end, and the next who asks gets
     404."""
     served = serve("ok").ready()
-    job = made(served, **LARGE)
+    job = made(served, "a large one", **LARGE)
     whole = httpx.get(served.url + job["video_url"]).content
     with deaf_listener(served.port, job["video_url"], 1 << 16) as watcher:
         seen = watcher.recv(1000)
