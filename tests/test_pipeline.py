@@ -347,7 +347,7 @@ def test_a_model_that_yields_nan_does_not_load(
 ) -> None:
     with torch.no_grad():
         pipe.transformer.proj_out.bias.fill_(float("nan"))
-    monkeypatch.setattr(pipeline, "open_pipeline", lambda *given, **more: pipe)
+    monkeypatch.setattr(start, "open_pipeline", lambda *given, **more: pipe)
     with pytest.raises(ArithmeticError, match="not finite"):
         start.load(CONFIG, ignore)
 
@@ -355,7 +355,7 @@ def test_a_model_that_yields_nan_does_not_load(
 def test_a_slot_that_cannot_write_a_video_does_not_load(
     pipe: MochiPipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(pipeline, "open_pipeline", lambda *given, **more: pipe)
+    monkeypatch.setattr(start, "open_pipeline", lambda *given, **more: pipe)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         start.load(replace(CONFIG, scratch=str(tmp_path / "file")), ignore)
