@@ -82,8 +82,8 @@ def checked(kind: type, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     try:
         model = model_of(kind).model_validate(given)
     except ValidationError as error:
-        told = [fault(item) for item in error.errors(include_url=False)[:MAX_ERRORS]]
-        raise ProtocolError(f"{name}: {'; '.join(told)}") from None
+        told = [fault(name, item) for item in error.errors(include_url=False)[:MAX_ERRORS]]
+        raise ProtocolError("; ".join(told)) from None
     return dict(model)
 
 
@@ -99,15 +99,15 @@ def model_of(kind: type) -> type[BaseModel]:
     return create_model(kind.__name__, __config__=config, **asked)
 
 
-def fault(item: Mapping[str, Any]) -> str:
-    """One of pydantic's errors: the field, what it had, what was expected."""
+def fault(name: str, item: Mapping[str, Any]) -> str:
+    """One of pydantic's errors: whose field it is, what it had, what was expected."""
     field = ".".join(shortened(part) for part in item["loc"])
     if item["type"] == "missing":
-        return f"{field} is missing"
+        return f"{name} without {field}"
     expected = item["msg"].removeprefix("Input should be ")
     if item["type"] == "extra_forbidden":
         expected = "no such field"
-    return f"{field}={reprlib.repr(item['input'])}: expected {expected}"
+    return f"{name}: {field}={reprlib.repr(item['input'])}: expected {expected}"
 
 
 def shortened(part: object) -> str:

@@ -201,16 +201,14 @@ class Cancelled(JobEvent):
     """The job stopped at a boundary, as asked; the slot stays ready."""
 
 
-_CODEC: Codec[Message] = Codec(
-    "type",
-    {
-        kind.__name__: kind
-        for kind in (
-            Configure, Run, Cancel, Shutdown, Heartbeat, Loading, Ready,
-            Stage, Resumed, Step, Tiles, Latent, Done, Followed, Failed, Cancelled,
-        )
-    },
-)  # fmt: skip
+_TYPES: dict[str, type[Message]] = {
+    kind.__name__: kind
+    for kind in (
+        Configure, Run, Cancel, Shutdown, Heartbeat, Loading, Ready,
+        Stage, Resumed, Step, Tiles, Latent, Done, Followed, Failed, Cancelled,
+    )
+}  # fmt: skip
+_CODEC = Codec("type", _TYPES)
 
 
 def encode(message: Message) -> bytes:

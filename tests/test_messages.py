@@ -102,7 +102,7 @@ def test_a_value_of_another_type_is_named(message: Message, name: str) -> None:
 def test_a_field_that_is_missing_is_named(message: Message, name: str) -> None:
     told = record(message)
     del told[name]
-    with pytest.raises(ProtocolError, match=f"{type(message).__name__}: {name} is missing"):
+    with pytest.raises(ProtocolError, match=f"{type(message).__name__} without {name}"):
         decode(line(told))
 
 
