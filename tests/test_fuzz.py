@@ -95,7 +95,7 @@ def fuzz(served: Served) -> set[str]:
 def test_no_call_makes_a_server_error(door: str, request: pytest.FixtureRequest) -> None:
     served: Served = request.getfixturevalue(door)
     paths = fuzz(served)
-    assert len(paths) == 19
+    assert len(paths) == 23
     assert served.get("/livez").text == "ok\n"
     assert "Traceback" not in served.log.read_text()
 
