@@ -134,3 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"cannot {given.command}: {error}\n")
         return 2
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
