@@ -37,7 +37,7 @@ from mochi_app.store.media import MediaStore
 from mochi_app.studio.studio import Studio
 from mochi_app.web import ui
 from mochi_app.web.api import Api
-from mochi_app.web.auth import Doors, Guard, user_of
+from mochi_app.web.auth import Auth, Guard, user_of
 from mochi_app.web.connections import Connection, allow_files, most_connections
 from mochi_app.web.gradio_queue import use_studio_queue
 from mochi_app.web.hosts import OwnHost, ServedHosts, UnderPrefix, root_path
@@ -67,7 +67,7 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
     Raises:
         SettingsError: the accounts file, or GRADIO_ROOT_PATH, cannot be used.
     """
-    doors = Doors(studio.settings, ticket_secret)
+    auth = Auth(studio.settings, ticket_secret)
     gr.set_static_paths([studio.media.videos])
     use_own_address()
     with gr.Blocks(title="Mochi", analytics_enabled=False) as demo:
@@ -76,7 +76,7 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
     queue = use_studio_queue(
         demo, max_threads=MAX_THREADS, update_seconds=STATUS_UPDATE_SECONDS, api_open=False
     )
-    studio.checks += [lambda: queue.problem, lambda: doors.problem]
+    studio.checks += [lambda: queue.problem, lambda: auth.problem]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -100,7 +100,7 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
 
     app = FastAPI(title="Mochi", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     add_routes(app, studio)
-    add_login(app, doors)
+    add_login(app, auth)
     gr.mount_gradio_app(
         app,
         demo,
@@ -120,22 +120,22 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
         ticket_secret=ticket_secret,
         most_unread=studio.settings.max_unread,
     )
-    put_up_doors(app, doors, studio.settings)
+    add_protection(app, auth, studio.settings)
     return app
 
 
-def put_up_doors(app: FastAPI, doors: Doors, settings: Settings) -> None:
+def add_protection(app: FastAPI, auth: Auth, settings: Settings) -> None:
     """What every request passes through, from the inside out."""
     for route in app.routes:
         if isinstance(route, Mount) and isinstance(route.app, FastAPI):
             route.app.add_middleware(WholeStreams)
             route.app.add_middleware(OnlyWhatIsNeeded)
     app.add_middleware(BoundedBody)
-    app.add_middleware(Guard, doors=doors)
+    app.add_middleware(Guard, auth=auth)
     if settings.trusted_proxies:
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)
     root = root_path()
-    if not doors.closed:
+    if not auth.closed:
         hosts = ServedHosts(
             settings.allowed_hosts, root.host, space_host=os.environ.get("SPACE_HOST", "")
         )

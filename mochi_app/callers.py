@@ -30,4 +30,4 @@ class Caller:
         return self.admin or owner in ("", self.name)
 
 
-HOUSE = Caller(name="", admin=True)  # the server's own work
+SYSTEM = Caller(name="", admin=True)  # the server's own work

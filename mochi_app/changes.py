@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 
-class Pulse:
+class Changes:
     """Tells everybody who waits that something changed; `count` grows with each beat.
 
     A waiter that remembers the count it has seen misses nothing between two waits.

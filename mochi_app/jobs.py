@@ -15,7 +15,14 @@ from enum import StrEnum
 from typing import Any
 
 from mochi_app.callers import ANONYMOUS, Caller
-from mochi_app.request import DEFAULT_SCHEDULE, Conflict, GenerationRequest, NotYours, refuse, shown
+from mochi_app.request import (
+    DEFAULT_SCHEDULE,
+    Conflict,
+    GenerationRequest,
+    NotYours,
+    refuse,
+    safe_repr,
+)
 
 SCHEMA = 1
 MAX_NOTE_CHARS = 2000
@@ -160,7 +167,7 @@ class Job:
         try:
             return cls(**(known | {"status": JobStatus(record["status"]), "schema": SCHEMA}))
         except (KeyError, TypeError) as error:
-            raise ValueError(f"job record {shown(record.get('id'))}: {error}") from error
+            raise ValueError(f"job record {safe_repr(record.get('id'))}: {error}") from error
 
 
 JOB_FIELDS: tuple[str, ...] = tuple(item.name for item in fields(Job))

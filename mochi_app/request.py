@@ -40,7 +40,7 @@ class Conflict(RequestError):
     """The request is well formed, but the job's state does not allow it."""
 
 
-def shown(value: Any, limit: int = 60) -> str:
+def safe_repr(value: Any, limit: int = 60) -> str:
     """`repr` of a caller's value, cut to `limit` characters and safe to print anywhere."""
     if isinstance(value, str | bytes) and len(value) > limit:
         return f"{value[:limit]!a}… ({len(value)} characters)"
@@ -53,10 +53,10 @@ def shown(value: Any, limit: int = 60) -> str:
 
 def refuse(name: str, value: Any, expected: str) -> RequestError:
     """The one form of a refusal: field, value, what is accepted."""
-    return RequestError(f"{name}: got {shown(value)}, expected {expected}")
+    return RequestError(f"{name}: got {safe_repr(value)}, expected {expected}")
 
 
-def text(name: str, value: Any, *, least: int, most: int) -> str:
+def check_text(name: str, value: Any, *, least: int, most: int) -> str:
     """`value` trimmed, `least` to `most` characters, free of NUL and lone surrogates.
 
     Raises:
@@ -75,7 +75,7 @@ def text(name: str, value: Any, *, least: int, most: int) -> str:
     return trimmed
 
 
-def number(name: str, value: Any, *, least: float, most: float) -> float:
+def check_number(name: str, value: Any, *, least: float, most: float) -> float:
     """`value` as a finite float from `least` to `most`.
 
     Raises:
@@ -87,7 +87,7 @@ def number(name: str, value: Any, *, least: float, most: float) -> float:
     return float(value)
 
 
-def whole(
+def check_integer(
     name: str, value: Any, *, least: int, most: int, multiple: int = 1, offset: int = 0
 ) -> int:
     """`value` as an int from `least` to `most` of the form `multiple`·k + `offset`.
@@ -108,7 +108,7 @@ def whole(
     return int(value)
 
 
-def walkable(schedule: Any, steps: int) -> str:
+def check_schedule(schedule: Any, steps: int) -> str:
     """`schedule` if it is one that can be walked in so many steps.
 
     Raises:
@@ -176,27 +176,27 @@ class GenerationRequest:
         def side(name: str, value: Any) -> int:
             most = getattr(defaults, f"max_{name}")
             chosen = default(value, getattr(defaults, name))
-            return whole(name, chosen, least=MIN_SIDE, most=most, multiple=SIDE_MULTIPLE)
+            return check_integer(name, chosen, least=MIN_SIDE, most=most, multiple=SIDE_MULTIPLE)
 
-        steps = whole(
+        steps = check_integer(
             "num_inference_steps",
             default(num_inference_steps, preview_steps),
             least=MIN_STEPS,
             most=MAX_STEPS,
         )
         chosen = None if lora == "" else lora
-        scale = number("lora_scale", default(lora_scale, 1.0), least=0, most=MAX_LORA_SCALE)
+        scale = check_number("lora_scale", default(lora_scale, 1.0), least=0, most=MAX_LORA_SCALE)
         if chosen is not None and chosen not in loras:
             known = ", ".join(sorted(loras)) or "nothing, this server has none"
             raise refuse("lora", chosen, known)
         return cls(
-            prompt=text("prompt", prompt, least=1, most=MAX_PROMPT_CHARS),
-            negative_prompt=text(
+            prompt=check_text("prompt", prompt, least=1, most=MAX_PROMPT_CHARS),
+            negative_prompt=check_text(
                 "negative_prompt", default(negative_prompt, ""), least=0, most=MAX_PROMPT_CHARS
             ),
-            seed=whole("seed", default(seed, secrets.randbits(32)), least=0, most=MAX_SEED),
+            seed=check_integer("seed", default(seed, secrets.randbits(32)), least=0, most=MAX_SEED),
             num_inference_steps=steps,
-            guidance_scale=number(
+            guidance_scale=check_number(
                 "guidance_scale",
                 default(guidance_scale, defaults.guidance_scale),
                 least=0,
@@ -204,7 +204,7 @@ class GenerationRequest:
             ),
             height=side("height", height),
             width=side("width", width),
-            num_frames=whole(
+            num_frames=check_integer(
                 "num_frames",
                 default(num_frames, defaults.num_frames),
                 least=7,
@@ -213,10 +213,10 @@ class GenerationRequest:
                 offset=1,
             ),
             fps=defaults.fps,
-            schedule=walkable(default(schedule, DEFAULT_SCHEDULE), steps),
+            schedule=check_schedule(default(schedule, DEFAULT_SCHEDULE), steps),
             lora=chosen,
             lora_scale=1.0 if chosen is None else scale,
             request_id=None
             if request_id is None
-            else text("request_id", request_id, least=1, most=MAX_REQUEST_ID_CHARS),
+            else check_text("request_id", request_id, least=1, most=MAX_REQUEST_ID_CHARS),
         )

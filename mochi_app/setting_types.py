@@ -30,7 +30,7 @@ class SlotSpec:
 
 
 @dataclass(frozen=True)
-class Patience:
+class Timeouts:
     """Seconds that a run may show no progress, and that a cancel may wait for its boundary."""
 
     step: float

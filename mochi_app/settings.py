@@ -17,11 +17,11 @@ from mochi_app.files import embedded_model
 from mochi_app.setting_types import (
     Hosts,
     Origins,
-    Patience,
     Seconds,
     Slots,
     SlotSpec,
     Steps,
+    Timeouts,
     addresses,
     existing_folder,
 )
@@ -242,9 +242,9 @@ class Settings(BaseSettings):
     )
 
     @property
-    def patience(self) -> Patience:
+    def timeouts(self) -> Timeouts:
         """That with a video of the usual size, as long as nothing is measured."""
-        return Patience(self.step_timeout, self.cancel_timeout)
+        return Timeouts(self.step_timeout, self.cancel_timeout)
 
     @property
     def model_dir(self) -> Path | None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLMochi, MochiPipeline, MochiTransformer3DModel
 
-from mochi_app.engine.group import PATIENCE, Ranks
+from mochi_app.engine.group import GROUP_TIMEOUT, Ranks
 from mochi_app.engine.loading import Precision, open_pipeline
 from mochi_app.engine.parallel import parallelize
 from mochi_app.engine.pipeline import Engine
@@ -266,11 +266,11 @@ def check_cached(ranks: Sequence[Found], alone: Found, most: float) -> str:
     return f"{computed} of {len(expected)} steps computed"
 
 
-def check_patience(ranks: Sequence[Found], device: str) -> None:
+def check_group_timeouts(ranks: Sequence[Found], device: str) -> None:
     """No rank gives up on a slow peer, whatever the tensors are in."""
     axes = [(name, kind) for name in ("cfg", "sp") for kind in {"cpu", device}]
     for rank in ranks:
-        assert rank["patience"] == dict.fromkeys(axes, PATIENCE)
+        assert rank["group_timeouts"] == dict.fromkeys(axes, GROUP_TIMEOUT)
 
 
 def check_frames(name: str, found: Any, expected: Any, changed: float) -> str:

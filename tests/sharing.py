@@ -132,7 +132,7 @@ def lone_decisions(ranks: Ranks, shape: tuple[int, int]) -> list[list[bool]]:
     return [own, common]
 
 
-def patience(ranks: Ranks, shape: tuple[int, int]) -> dict[tuple[str, str], timedelta]:
+def group_timeouts(ranks: Ranks, shape: tuple[int, int]) -> dict[tuple[str, str], timedelta]:
     """How long a peer is waited for, by axis and by where the tensors are."""
     mesh = ranks.mesh(shape)
     assert mesh is not None
@@ -147,7 +147,7 @@ WORK = {
     "outputs": outputs_of_all_cases,
     "cached": cached,
     "decisions": lone_decisions,
-    "patience": patience,
+    "group_timeouts": group_timeouts,
 }
 
 Together = Callable[[tuple[int, int], str], list[Any]]

@@ -1,4 +1,4 @@
-"""The real app through its doors: Gradio's client, plain HTTP, files, probes, signals, kills."""
+"""The real app as its users meet it: Gradio's client, plain HTTP, files, probes, signals, kills."""
 
 from __future__ import annotations
 

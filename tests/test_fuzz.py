@@ -21,9 +21,8 @@ from mochi_app.model_defaults import ModelDefaults
 from mochi_app.request import GenerationRequest, RequestError
 from mochi_app.settings import load_settings
 from mochi_app.store.metadata import parse_ffmetadata
-from mochi_app.web import auth as doors
+from mochi_app.web import auth, middleware
 from mochi_app.web import login as forms
-from mochi_app.web import middleware as guards
 from tests.serving import Served
 
 TOKEN = "the token of the fuzzing machine"
@@ -174,11 +173,11 @@ def test_an_accounts_file_is_read_or_refused(text: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> doors.Doors:
+def door(tmp_path_factory: pytest.TempPathFactory) -> auth.Auth:
     folder = tmp_path_factory.mktemp("door")
     (folder / "accounts").write_text(f"{Account('ann', PasswordHash.parse(HASH))}\n")
     chosen = load_settings(data_dir=folder, auth_file=folder / "accounts", api_token=TOKEN)
-    return doors.Doors(chosen, "ticket")
+    return auth.Auth(chosen, "ticket")
 
 
 @quick
@@ -188,7 +187,7 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> doors.Doors:
     signed=st.booleans(),
 )
 def test_no_header_comes_in_or_raises(
-    door: doors.Doors, payload: bytes, header: str, signed: bool
+    door: auth.Auth, payload: bytes, header: str, signed: bool
 ) -> None:
     value = payload
     if signed:  # by our own key, which vouches for no content
@@ -208,7 +207,7 @@ def test_any_body_is_a_form_or_none(body: bytes) -> None:
 @quick
 @given(body=st.binary() | anything.map(lambda value: json.dumps(value).encode()))
 def test_a_body_that_refers_to_no_file_passes(body: bytes) -> None:
-    guards.check_json(body)
+    middleware.check_json(body)
 
 
 @quick
@@ -222,12 +221,12 @@ def test_a_reference_to_a_file_is_found_wherever_it_lies(
     value: Any = inside | {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
     for wrap in wraps:
         value = {"": None, wrap: value} if isinstance(wrap, str) else [*range(wrap), value, "x"]
-    with pytest.raises(guards.BadBody, match="refers to a file"):
-        guards.check_json(json.dumps(value).encode())
+    with pytest.raises(middleware.BadBody, match="refers to a file"):
+        middleware.check_json(json.dumps(value).encode())
 
 
 @quick
 @given(url=st.text() | st.text().map("http://{}".format))
 def test_any_origin_is_a_place_or_none(url: str) -> None:
-    found = guards.place(url)
+    found = middleware.place(url)
     assert found is None or isinstance(found[1], int)

@@ -42,8 +42,8 @@ from tests.gpu_work import (
     check_cached,
     check_cancels,
     check_frames,
+    check_group_timeouts,
     check_outputs,
-    check_patience,
     check_step,
     check_tile_cancels,
     check_tiles,
@@ -134,7 +134,7 @@ def test_first_block_cache_over_gpus(
 
 @pytest.mark.parametrize("shape", MESHES, ids=sharing.name_of)
 def test_no_gpu_gives_up_on_a_slow_peer(shape: tuple[int, int], together: Together) -> None:
-    check_patience(transformers_of(together, shape), "cuda")
+    check_group_timeouts(transformers_of(together, shape), "cuda")
 
 
 def test_gpus_left_alone_would_part_ways_and_together_do_not(together: Together) -> None:

@@ -46,7 +46,7 @@ def test_two_ranks_on_a_cpu(tmp_path: Path) -> None:
         of_mesh = [rank["transformer"][shape] for rank in ranks]
         gpu_work.check_outputs(of_mesh, alone, 1e-5)
         gpu_work.check_cached(of_mesh, alone, 1e-5)
-        gpu_work.check_patience(of_mesh, "cpu")
+        gpu_work.check_group_timeouts(of_mesh, "cpu")
         gpu_work.check_videos(ranks, alone, shape, 5e-5, 1e-3)
     gpu_work.check_cancels(ranks)
     with mock.patch.object(decoding, "CASES", TILED):

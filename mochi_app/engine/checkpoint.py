@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 TENSOR = "latents"
 # A disk that hangs must not hold a job for long: the slot would be killed for it.
-PATIENCE_SECONDS = 10.0
+WRITE_SECONDS = 10.0
 # What the latents depend on, of a request
 ASKED = (
     "job_id", "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale",
@@ -174,7 +174,7 @@ def digest(latents: Latents) -> str:
     return hashlib.sha256(np.ascontiguousarray(latents).data).hexdigest()
 
 
-class Trail:
+class CheckpointWriter:
     """The checkpoints of one run: one every `every` steps, written while the next step computes.
 
     Nothing that the disk does fails the run.
@@ -185,7 +185,7 @@ class Trail:
         self._every = every
         self._stamp = stamp
         self._writing: threading.Thread | None = None
-        self._patience = PATIENCE_SECONDS
+        self._allowed_seconds = WRITE_SECONDS
 
     def resume(self, shape: tuple[int, ...]) -> Checkpoint | None:
         """Where an earlier attempt at this run came to; see `read`."""
@@ -209,10 +209,10 @@ class Trail:
         Before a step is told, so that whoever heard of it knows what is on the disk.
         """
         if self._writing is not None:
-            self._writing.join(self._patience)
-            self._patience = 0.0  # of a write that hangs, the run waits once
+            self._writing.join(self._allowed_seconds)
+            self._allowed_seconds = 0.0  # of a write that hangs, the run waits once
             if not self._writing.is_alive():
-                self._writing, self._patience = None, PATIENCE_SECONDS
+                self._writing, self._allowed_seconds = None, WRITE_SECONDS
 
     def _write(self, checkpoint: Checkpoint) -> None:
         where = f"job {self._path.parent.name}, step {checkpoint.step}"

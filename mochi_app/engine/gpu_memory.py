@@ -10,7 +10,7 @@ from mochi_app.messages import Configure
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class MemoryBudget:
     """What fits the GPUs of a slot by its plan; `memory` of one in bytes."""
 
     config: Configure

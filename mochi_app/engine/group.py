@@ -20,7 +20,7 @@ from mochi_app.platforms import loopback
 
 # Of every group, those of the meshes included: the slot has the deadlines and kills what hangs; a
 # rank that waits for a slow peer does no harm.
-PATIENCE = timedelta(days=1)
+GROUP_TIMEOUT = timedelta(days=1)
 
 
 class Ranks:
@@ -45,7 +45,7 @@ class Ranks:
             store=dist.FileStore(rendezvous, size),  # type: ignore[attr-defined]
             rank=rank,
             world_size=size,
-            timeout=PATIENCE,
+            timeout=GROUP_TIMEOUT,
             device_id=torch.device("cuda", 0) if on_gpu else None,
         )
         return cls(rank, size, device)
@@ -107,6 +107,6 @@ def axis_group(lines: list[list[int]]) -> dist.ProcessGroup:
         return dist.group.WORLD
     group: dist.ProcessGroup
     group, _ = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
-        lines, timeout=PATIENCE
+        lines, timeout=GROUP_TIMEOUT
     )
     return group

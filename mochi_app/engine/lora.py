@@ -59,10 +59,10 @@ HOOKS = (
 Shape = tuple[int, ...]
 
 
-class LoraShelf:
+class LoraCache:
     """The LoRAs of a folder for one pipeline. At most `keep` stay loaded, the last ones used.
 
-    With several ranks each has a shelf of its own, over its own copy of the transformer; nothing
+    With several ranks each has a cache of its own, over its own copy of the transformer; nothing
     here communicates.
     """
 
@@ -80,7 +80,7 @@ class LoraShelf:
         nothing.
 
         Raises:
-            LoraError: no such LoRA, or its file does not fit; shelf and pipeline are as before.
+            LoraError: no such LoRA, or its file does not fit; cache and pipeline are as before.
             RuntimeError: whatever torch raises, out of memory included; likewise.
         """
         if name is None:
@@ -155,7 +155,7 @@ class LoraShelf:
         except BaseException as error:
             self._remove(adapter)
             if isinstance(error, (ValueError, TypeError)):
-                raise LoraError(f"LoRA {path.stem!r}: {shown(str(error))}") from error
+                raise LoraError(f"LoRA {path.stem!r}: {printable(str(error))}") from error
             raise
         finally:
             self._pipe.disable_lora()
@@ -206,7 +206,9 @@ def read_lora(path: Path, transformer: MochiTransformer3DModel) -> Lora:
             tensors = {str(name): file.get_tensor(key) for key, name in names.items()}
             metadata = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
     except (SafetensorError, OSError) as error:
-        raise LoraError(f"{title}: not a whole safetensors file: {shown(str(error))}") from error
+        raise LoraError(
+            f"{title}: not a whole safetensors file: {printable(str(error))}"
+        ) from error
     # a convolution, because quantization leaves those alone
     weights = scaled(tensors, transformer.patch_embed.proj.weight.dtype)
     infinite = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
@@ -240,20 +242,20 @@ def misfits(
     if not names:
         return ["it has no weights"]
     problems = [
-        f"{shown(key)} (not a LoRA of a Mochi transformer)"
+        f"{printable(key)} (not a LoRA of a Mochi transformer)"
         for key, name in names.items()
         if not name
     ]
     found = {name: (key, shapes[key]) for key, name in names.items() if name}
     problems += [
-        f"{shown(key)} (given twice)"
+        f"{printable(key)} (given twice)"
         for key, name in names.items()
         if name and found[name][0] != key
     ]
     for name, (key, shape) in found.items():
         reason = misfit(name, shape, {other: at for other, (_, at) in found.items()}, layers)
         if reason:
-            problems.append(f"{shown(key)} ({reason})")
+            problems.append(f"{printable(key)} ({reason})")
     return problems
 
 
@@ -314,7 +316,7 @@ def adapter_config(metadata: str | None, title: str) -> dict[str, Any] | None:
     try:
         record = json.loads(metadata)
     except ValueError as error:
-        raise LoraError(f"{title}: its metadata is not JSON: {shown(str(error))}") from error
+        raise LoraError(f"{title}: its metadata is not JSON: {printable(str(error))}") from error
     if not isinstance(record, dict):
         raise LoraError(f"{title}: its metadata is not a JSON object")
     return {
@@ -326,7 +328,7 @@ def conflicts(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) ->
     """What a configuration asks for beyond a plain LoRA with the ranks and alphas of the file."""
     usual = LoraConfig().to_dict() | {"peft_type": "LORA"}  # type: ignore[no-untyped-call]
     problems = [
-        shown(f"{name}={value!r}")
+        printable(f"{name}={value!r}")
         for name, value in config.items()
         if name not in READ and name not in UNREAD and value and value != usual.get(name)
         and not (name == "init_lora_weights" and value in HARMLESS_STARTS)
@@ -338,7 +340,7 @@ def conflicts(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) ->
             layer = name.removesuffix(".lora_A.weight")
             rank = configured_rank(config, layer)
             if rank != len(tensor):
-                problems.append(f"{shown(layer)} (rank {len(tensor)}, metadata says {rank!r})")
+                problems.append(f"{printable(layer)} (rank {len(tensor)}, metadata says {rank!r})")
     return problems
 
 
@@ -377,7 +379,7 @@ def summary(problems: Sequence[str]) -> str:
     return "; ".join(problems[:SHOWN_KEYS]) + (f"; and {more} more" if more > 0 else "")
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """A text from a file, on one line and not too long."""
     line = " ".join(text.split())
     return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]}…"

@@ -28,12 +28,12 @@ import transformers
 from diffusers import MochiPipeline
 
 from mochi_app.engine import checkpoint, speed
-from mochi_app.engine.checkpoint import Trail
+from mochi_app.engine.checkpoint import CheckpointWriter
 from mochi_app.engine.decode import decode
 from mochi_app.engine.encode import Frames
-from mochi_app.engine.gpu_memory import Room
+from mochi_app.engine.gpu_memory import MemoryBudget
 from mochi_app.engine.group import Ranks
-from mochi_app.engine.lora import LoraShelf
+from mochi_app.engine.lora import LoraCache
 from mochi_app.engine.parallel import ParallelHandle, parallelize
 from mochi_app.engine.previews import LatentColours
 from mochi_app.engine.progress import (
@@ -94,7 +94,7 @@ class Engine:
         colours: LatentColours | None = None,
         ranks: Ranks | None = None,
         loras: Path | None = None,
-        room: Room | None = None,
+        budget: MemoryBudget | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         for part in pipe.components.values():
@@ -104,8 +104,8 @@ class Engine:
         self._colours = colours
         self._ranks = ranks or Ranks()
         pipe.scheduler = MochiScheduler.from_config(pipe.scheduler.config)
-        self._loras = LoraShelf(pipe, loras)
-        self._room = room
+        self._loras = LoraCache(pipe, loras)
+        self._budget = budget
         self._facts = facts
         self._parallel: ParallelHandle | None = None
         self._shape = (0, 0)
@@ -181,9 +181,9 @@ class Engine:
                     text = encode_text(self._pipe, self._ranks, request)
                 with clock.stage("denoise"), self._with_lora(request) as lora_file:
                     first = self._first_latents(request)
-                    trail = self._trail(request, lora_file)
-                    start = self._start(request, first, trail, contact.emit)
-                    watcher = StepWatcher(request, start, contact, self._colours, trail)
+                    checkpoints = self._checkpoints(request, lora_file)
+                    start = self._start(request, first, checkpoints, contact.emit)
+                    watcher = StepWatcher(request, start, contact, self._colours, checkpoints)
                     latents = self._denoise(request, text, start, watcher)
                 with clock.stage("decode"):
                     frames = self._decode(latents, request, contact.emit, stopped)
@@ -200,9 +200,9 @@ class Engine:
 
     def _require_room(self, request: Run) -> None:
         """Refuse what would run out of memory in the middle, where the ranks lose each other."""
-        if self._room is None:
+        if self._budget is None:
             return
-        problem = self._room.problem(request.height, request.width, request.num_frames)
+        problem = self._budget.problem(request.height, request.width, request.num_frames)
         if self._ranks.agree(bool(problem)):
             size = f"{request.width}x{request.height} pixels, {request.num_frames} frames"
             raise TooLarge(f"{size}: {problem or 'another GPU of the slot has less memory'}")
@@ -247,7 +247,9 @@ class Engine:
         )
         return latents
 
-    def _trail(self, request: Run, lora_file: tuple[int, int] | None) -> Trail | None:
+    def _checkpoints(
+        self, request: Run, lora_file: tuple[int, int] | None
+    ) -> CheckpointWriter | None:
         """The run's checkpoints; None if it has none, or on ranks other than the first."""
         if not self._keeps(request) or not self._ranks.first:
             return None
@@ -260,17 +262,19 @@ class Engine:
             "processor": processor(self._ranks.device),
             "lora_file": lora_file,
         }
-        return Trail(Path(request.checkpoint), request.checkpoint_steps, stamp)
+        return CheckpointWriter(Path(request.checkpoint), request.checkpoint_steps, stamp)
 
     def _keeps(self, request: Run) -> bool:
         """Whether the run has checkpoints: the same answer on all ranks."""
         return bool(request.checkpoint and request.checkpoint_steps and self._facts is not None)
 
-    def _start(self, request: Run, first: torch.Tensor, trail: Trail | None, emit: Emit) -> Start:
+    def _start(
+        self, request: Run, first: torch.Tensor, checkpoints: CheckpointWriter | None, emit: Emit
+    ) -> Start:
         """Where to begin: at the first latents, or where the first rank's checkpoint says."""
         if not self._keeps(request):
             return Start(0, first)
-        found = trail.resume(tuple(first.shape)) if trail else None
+        found = checkpoints.resume(tuple(first.shape)) if checkpoints else None
         step = torch.tensor([found.step if found else 0])
         self._ranks.share([step])
         if not step:

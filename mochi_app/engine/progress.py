@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import MochiPipeline
 
-from mochi_app.engine.checkpoint import Trail
+from mochi_app.engine.checkpoint import CheckpointWriter
 from mochi_app.engine.previews import PICTURE_SECONDS, LatentColours, forecast, middle
 from mochi_app.messages import Latent, Message, Run, Stage, Step
 
@@ -68,13 +68,13 @@ class StepWatcher:
         start: Start,
         contact: Contact,
         colours: LatentColours | None,
-        trail: Trail | None,
+        checkpoints: CheckpointWriter | None,
     ) -> None:
         self._request = request
         self._done = start.step
         self._contact = contact
         self._colours = colours
-        self._trail = trail
+        self._checkpoints = checkpoints
         self._before = middle(start.latents)
         self._shown_at = -PICTURE_SECONDS
         self._started = time.perf_counter()
@@ -90,8 +90,8 @@ class StepWatcher:
         self._contact.emit(
             Step(job_id=self._request.job_id, step=step, steps=steps, seconds=now - self._started)
         )
-        if self._trail is not None and self._trail.due(step) and step < steps:
-            self._trail.keep(step, tensors["latents"].detach().float().cpu().clone().numpy())
+        if self._checkpoints is not None and self._checkpoints.due(step) and step < steps:
+            self._checkpoints.keep(step, tensors["latents"].detach().float().cpu().clone().numpy())
         if self._colours is not None:
             after = middle(tensors["latents"])
             if now - self._shown_at >= PICTURE_SECONDS:
@@ -109,8 +109,8 @@ class StepWatcher:
 
     def settle(self) -> None:
         """Have the last checkpoint on the disk."""
-        if self._trail is not None:
-            self._trail.settle()
+        if self._checkpoints is not None:
+            self._checkpoints.settle()
 
 
 def unsaid(message: Message) -> None:

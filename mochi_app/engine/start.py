@@ -10,7 +10,7 @@ import torch
 
 from mochi_app.engine import checkpoint, speed
 from mochi_app.engine.encode import EncodeError, Frames, save
-from mochi_app.engine.gpu_memory import Room
+from mochi_app.engine.gpu_memory import MemoryBudget
 from mochi_app.engine.group import Ranks
 from mochi_app.engine.loading import (
     Precision,
@@ -48,12 +48,12 @@ def load(config: Configure, emit: Emit) -> Engine:
     torch.backends.cudnn.deterministic = True
     quiet_libraries()
     precision = Precision.choose(config, device)
-    room = None
+    budget = None
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-        room = Room(config, precision, memory)
+        budget = MemoryBudget(config, precision, memory)
         if config.rank == 0:
-            room.check_start()
+            budget.check_start()
     ranks = Ranks.join(config.rank, config.world_size, config.rendezvous, device)
     options = SpeedOptions.of(config)
     options.check(ranks)
@@ -70,7 +70,7 @@ def load(config: Configure, emit: Emit) -> Engine:
     colours = LatentColours.read(Path(config.model) / "latent_rgb.json")
     loras = Path(config.lora_dir) if config.lora_dir else None
     exact = options.cache_threshold == 0  # a cache is state that no checkpoint has
-    engine = Engine(pipe, colours, ranks, loras, room, facts if exact else None)
+    engine = Engine(pipe, colours, ranks, loras, budget, facts if exact else None)
     emit(Loading(what="warming up"))
     frames = engine.warm_up()
     if frames is not None:

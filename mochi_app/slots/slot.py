@@ -29,7 +29,7 @@ from mochi_app import messages
 from mochi_app.cancels import unbroken
 from mochi_app.codec import ProtocolError
 from mochi_app.messages import Message
-from mochi_app.setting_types import Patience, SlotSpec
+from mochi_app.setting_types import SlotSpec, Timeouts
 from mochi_app.settings import Settings
 from mochi_app.slots.deadlines import Deadlines
 from mochi_app.slots.job_run import JobCancelled, JobFailed, JobRun
@@ -93,7 +93,7 @@ class Slot:
         self._threads = threads
         self._command = command
         self._on_change = on_change
-        self._patience = settings.patience
+        self._timeouts = settings.timeouts
         self._ranks: list[RankProcess] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._deadlines = Deadlines()
@@ -159,10 +159,10 @@ class Slot:
             self._die(f"the process could not be started: {error}")
         except asyncio.CancelledError:
             self._die("the start was called off")
-            await self._bury()
+            await self._reap()
             raise
         if self._death.done():
-            await self._bury()
+            await self._reap()
             raise SlotDied(self._death.result())
         self._set(SlotState.READY)
 
@@ -205,7 +205,7 @@ class Slot:
         """Wait until the processes are gone, and say why. For a slot that has started."""
         assert self._death is not None, f"slot {self.index} was never started"
         reason = await asyncio.shield(self._death)
-        await self._bury()
+        await self._reap()
         return reason
 
     async def stop(self, grace: float = 0.5) -> None:
@@ -217,7 +217,7 @@ class Slot:
         if self.state is SlotState.READY:
             await asyncio.gather(*(rank.wait(grace) for rank in self._ranks))
         self._die("stopped")
-        await self._bury()
+        await self._reap()
 
     def kill(self, reason: str) -> None:
         """Kill the ranks at once; whoever waits for this slot gets `reason`."""
@@ -230,7 +230,7 @@ class Slot:
         for rank in self._ranks:
             rank.kill()
 
-    async def _bury(self) -> None:
+    async def _reap(self) -> None:
         """Reap every process; afterwards the slot is DOWN. May be called by several at a time."""
         await unbroken(self._end_everything())
 
@@ -254,7 +254,7 @@ class Slot:
     # Deadlines
 
     def _progressed(self, job_id: str) -> None:
-        self._deadlines.set("step", self._patience.step, f"job {job_id} showed no progress")
+        self._deadlines.set("step", self._timeouts.step, f"job {job_id} showed no progress")
 
     async def _watch(self) -> None:
         """Kill the slot when a deadline passes."""
@@ -315,11 +315,11 @@ class Slot:
         self,
         request: messages.Run,
         on_event: Callable[[messages.JobEvent], None],
-        patience: Patience | None = None,
+        timeouts: Timeouts | None = None,
     ) -> messages.Done:
         """Run one job; `on_event` hears its stages, steps and pictures.
 
-        `patience` has its deadlines, those of the settings if None.
+        `timeouts` are its deadlines, those of the settings if None.
 
         Raises:
             JobFailed: the engine says so.
@@ -330,7 +330,7 @@ class Slot:
             raise SlotDied(self.detail or f"slot {self.index} is {self.state}")
         run = self._run = JobRun(request.job_id, self.spec.world_size, on_event)
         self._set(SlotState.BUSY)
-        self._patience = patience or self._settings.patience
+        self._timeouts = timeouts or self._settings.timeouts
         self._progressed(request.job_id)
         try:
             for rank in self._ranks:
@@ -386,6 +386,6 @@ class Slot:
         if self._run is None or job_id != self._run.job_id or self._run.cancelling:
             return
         self._run.cancelling = True
-        self._deadlines.set("cancel", self._patience.cancel, f"job {job_id} did not stop")
+        self._deadlines.set("cancel", self._timeouts.cancel, f"job {job_id} did not stop")
         for rank in self._ranks:
             rank.send(messages.Cancel(epoch=self.epoch, job_id=job_id))

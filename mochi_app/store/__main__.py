@@ -37,7 +37,7 @@ def check(data_dir: Path) -> bool:
         # The sentinel first: beside a server the database may be ahead of it, never behind.
         meta, index = look(history, Sentinel.read(history))
         say(f"history: sound, {tally(index)}, {meta.get('writes', 0)} changes")
-        good = say_strays(files, index)
+        good = tell_of_orphans(files, index)
     except HistoryError as error:
         good = False
         say(f"history: {error}")
@@ -60,15 +60,15 @@ def tally(index: JobIndex) -> str:
     return f"{len(index)} jobs" + (f" ({', '.join(counted)})" if counted else "")
 
 
-def say_strays(files: Sequence[str], index: JobIndex) -> bool:
+def tell_of_orphans(files: Sequence[str], index: JobIndex) -> bool:
     """Tell of videos without a record; whether there are none."""
-    strays = sorted(job_id for job_id in files if index.get(job_id) is None)
-    if strays:
+    orphans = sorted(job_id for job_id in files if index.get(job_id) is None)
+    if orphans:
         say(
-            f"videos: {len(strays)} without a record, first {strays[0]}; to adopt them, stop the"
+            f"videos: {len(orphans)} without a record, first {orphans[0]}; to adopt them, stop the"
             " server and run: python -m mochi_app.store restore"
         )
-    return not strays
+    return not orphans
 
 
 # The command

@@ -17,11 +17,11 @@ from mochi_app.request import (
     MIN_SIDE,
     MIN_STEPS,
     RequestError,
-    number,
-    shown,
-    text,
-    walkable,
-    whole,
+    check_integer,
+    check_number,
+    check_schedule,
+    check_text,
+    safe_repr,
 )
 from mochi_app.store.checks import JOB, Record, Rows
 from mochi_app.store.job_index import JobIndex
@@ -48,10 +48,10 @@ class Followed:
 def follow_videos(media: MediaStore, index: JobIndex) -> tuple[Rows, Followed]:
     """What must change in the records so that they tell of the videos that are there."""
     followed = Followed()
-    present, withheld = set(media.job_ids()), set(media.withheld_ids())
+    present, trashed = set(media.job_ids()), set(media.trashed_ids())
     changed: list[Job] = []
-    for job_id in sorted(present | withheld):
-        path = (media.videos if job_id in present else media.withheld) / (job_id + VIDEO_SUFFIX)
+    for job_id in sorted(present | trashed):
+        path = (media.videos if job_id in present else media.trash) / (job_id + VIDEO_SUFFIX)
         try:
             job = followed_job(job_id, path, index.get(job_id), followed)
         except (MediaError, RequestError) as error:
@@ -65,7 +65,7 @@ def follow_videos(media: MediaStore, index: JobIndex) -> tuple[Rows, Followed]:
             poster = media.poster_path(job_id)
             changed.append(replace(job, video=path.name, poster=poster.name if poster else None))
     for job in index:
-        if job.video and job.evicted_at is None and job.id not in present | withheld:
+        if job.video and job.evicted_at is None and job.id not in present | trashed:
             changed.append(replace(job, evicted_at=time.time()))
             followed.gone += 1
     return {JOB + job.id: job.to_record() for job in changed}, followed
@@ -109,16 +109,16 @@ def rebuilt(job_id: str, metadata: Record, at: float) -> Job:
         RequestError: it tells too little, or what no job of this app has.
     """
     if metadata.get("job_id") != job_id:
-        raise RequestError(f"it is the video of job {shown(metadata.get('job_id'))}")
+        raise RequestError(f"it is the video of job {safe_repr(metadata.get('job_id'))}")
     kind, parent, lora = (metadata.get(name) for name in ("kind", "parent_id", "lora"))
     if kind not in ("preview", "enhance"):
-        raise RequestError(f"kind: got {shown(kind)}, expected preview or enhance")
+        raise RequestError(f"kind: got {safe_repr(kind)}, expected preview or enhance")
 
     def count(name: str, least: int, most: int) -> int:
-        return whole(name, metadata.get(name), least=least, most=most)
+        return check_integer(name, metadata.get(name), least=least, most=most)
 
     def words(name: str, least: int = 0) -> str:
-        return text(name, metadata.get(name, ""), least=least, most=MAX_PROMPT_CHARS)
+        return check_text(name, metadata.get(name, ""), least=least, most=MAX_PROMPT_CHARS)
 
     steps = count("num_inference_steps", MIN_STEPS, MAX_STEPS)
     return Job(
@@ -129,16 +129,18 @@ def rebuilt(job_id: str, metadata: Record, at: float) -> Job:
         negative_prompt=words("negative_prompt"),
         seed=count("seed", 0, MAX_SEED),
         num_inference_steps=steps,
-        guidance_scale=number(
+        guidance_scale=check_number(
             "guidance_scale", metadata.get("guidance_scale"), least=0, most=MAX_GUIDANCE_SCALE
         ),
         height=count("height", MIN_SIDE, MAX_SIDE),
         width=count("width", MIN_SIDE, MAX_SIDE),
         num_frames=count("num_frames", 1, MAX_FRAMES),
         fps=count("fps", 1, MAX_FPS),
-        schedule=walkable(metadata.get("schedule"), steps),
+        schedule=check_schedule(metadata.get("schedule"), steps),
         lora=None if lora is None else words("lora", least=1),
-        lora_scale=number("lora_scale", metadata.get("lora_scale"), least=0, most=MAX_LORA_SCALE),
+        lora_scale=check_number(
+            "lora_scale", metadata.get("lora_scale"), least=0, most=MAX_LORA_SCALE
+        ),
         submitted_at=int(job_id[:14], 16) / 1e6,  # ids begin with the microsecond they were drawn
         status=JobStatus.COMPLETED,
         completed_processing_at=at,

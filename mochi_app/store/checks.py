@@ -16,7 +16,7 @@ import orjson
 
 from mochi_app.errors import HistoryError
 from mochi_app.jobs import Job
-from mochi_app.request import shown
+from mochi_app.request import safe_repr
 from mochi_app.store.job_index import JobIndex, RequestKey
 
 DATABASE, SENTINEL = diskcache.core.DBNAME, "store.json"
@@ -50,13 +50,13 @@ class RecordDisk(diskcache.Disk):  # type: ignore[misc]
     def put(self, key: Any) -> tuple[str, bool]:
         """The key as it is stored."""
         if not isinstance(key, str):
-            raise TypeError(f"history keys are texts, got {shown(key)}")
+            raise TypeError(f"history keys are texts, got {safe_repr(key)}")
         return key, True
 
     def get(self, key: Any, raw: Any) -> str:
         """The key as it was given to `put`."""
         if not raw or not isinstance(key, str):
-            raise HistoryError(f"history row {shown(key)} has no text key: {RESTORE}")
+            raise HistoryError(f"history row {safe_repr(key)} has no text key: {RESTORE}")
         return key
 
     def store(
@@ -76,7 +76,7 @@ class RecordDisk(diskcache.Disk):  # type: ignore[misc]
         plain = mode == diskcache.core.MODE_RAW and filename is None and isinstance(value, str)
         if not plain or read:
             raise HistoryError(
-                f"history row of mode {shown(mode)} was not written by this app and was not "
+                f"history row of mode {safe_repr(mode)} was not written by this app and was not "
                 f"read: {RESTORE}"
             )
         try:
@@ -221,7 +221,7 @@ def read_rows(
     for key, raw, mode, filename, value, tag in database.execute(select, keys):
         name, content = disk.get(key, raw), disk.fetch(mode, filename, value, False)
         if tag is not None and tag != checksum(name, value):
-            raise HistoryError(f"history row {shown(key)} was changed on the disk: {RESTORE}")
+            raise HistoryError(f"history row {safe_repr(key)} was changed on the disk: {RESTORE}")
         yield name, content
 
 
@@ -265,7 +265,7 @@ def read_job(key: str, record: Any) -> Job:
         return Job.from_record(record)
     except ValueError as error:
         raise HistoryError(
-            f"history row {shown(key)} cannot be read: {error}; use the version that wrote "
+            f"history row {safe_repr(key)} cannot be read: {error}; use the version that wrote "
             f"it, or {RESTORE}"
         ) from error
 

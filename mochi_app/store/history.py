@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mochi_app.errors import HistoryError
 from mochi_app.jobs import REQUEST_FIELDS, Job, JobStatus
-from mochi_app.request import Conflict, shown
+from mochi_app.request import Conflict, safe_repr
 from mochi_app.store.checks import META, RecordDisk, uptime_of
 from mochi_app.store.database import RecordStore
 from mochi_app.store.job_index import JobIndex, JobPage, JobQuery, Revisions
@@ -259,12 +259,12 @@ def same_request(earlier: Job, job: Job, drawn: frozenset[str]) -> Job:
     differing = [name for name in compared if getattr(earlier, name) != getattr(job, name)]
     if differing:
         raise Conflict(
-            f"request_id: {shown(job.request_id)} made job {earlier.id} with another "
+            f"request_id: {safe_repr(job.request_id)} made job {earlier.id} with another "
             f"{', '.join(differing)}, expected the same parameters or a new request_id"
         )
     if earlier.deleted_at is not None:
         raise Conflict(
-            f"request_id: {shown(job.request_id)} made job {earlier.id}, which is in the trash:"
+            f"request_id: {safe_repr(job.request_id)} made job {earlier.id}, which is in the trash:"
             " restore_job takes it out of it; or use a new request_id"
         )
     return earlier

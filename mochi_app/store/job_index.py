@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mochi_app.jobs import Job, JobStatus
-from mochi_app.request import refuse, text, whole
+from mochi_app.request import check_integer, check_text, refuse
 
 MAX_PAGE = 10**9
 MAX_PAGE_SIZE = 100
@@ -70,9 +70,9 @@ class JobQuery:
     page_size: int = 24
 
     def __post_init__(self) -> None:
-        text("query", self.text, least=0, most=MAX_QUERY_CHARS)
-        page = whole("page", self.page, least=1, most=MAX_PAGE)
-        page_size = whole("page_size", self.page_size, least=1, most=MAX_PAGE_SIZE)
+        check_text("query", self.text, least=0, most=MAX_QUERY_CHARS)
+        page = check_integer("page", self.page, least=1, most=MAX_PAGE)
+        page_size = check_integer("page_size", self.page_size, least=1, most=MAX_PAGE_SIZE)
         object.__setattr__(self, "page", page)  # an integral float has become an int
         object.__setattr__(self, "page_size", page_size)
         if self.kind not in (None, "preview", "enhance"):

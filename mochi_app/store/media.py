@@ -20,7 +20,7 @@ from pathlib import Path
 from mochi_app.errors import MediaError
 from mochi_app.files import fsync
 from mochi_app.jobs import JOB_ID, parse_job_id
-from mochi_app.request import shown
+from mochi_app.request import safe_repr
 from mochi_app.store.metadata import read_metadata
 
 VIDEO_SUFFIX = ".mp4"
@@ -57,11 +57,11 @@ class MediaStore:
             (self.data_dir / name).mkdir(parents=True, exist_ok=True)
         self.videos = self.data_dir / "videos"
         self.posters = self.data_dir / "posters"
-        self.withheld = self.data_dir / "withheld"
+        self.trash = self.data_dir / "withheld"
         self.checkpoints = self.data_dir / "checkpoints"
         self._lock = threading.Lock()
         self._sizes = video_sizes(self.videos)
-        self._withheld_sizes = video_sizes(self.withheld)
+        self._trash_sizes = video_sizes(self.trash)
 
     def scratch(self, slot: int) -> Path:
         """The scratch folder of `slot`, empty whatever was in it."""
@@ -148,18 +148,18 @@ class MediaStore:
         path = self._poster(parse_job_id(job_id))
         return path if path.is_file() else None
 
-    def withhold(self, job_id: str) -> None:
+    def move_to_trash(self, job_id: str) -> None:
         """Take the job's video, if there is one, out of the folder that is served.
 
         Raises:
             RequestError: not a job id.
             OSError: the disk refuses.
         """
-        self._move(parse_job_id(job_id), self.videos, self.withheld)
+        self._move(parse_job_id(job_id), self.videos, self.trash)
 
-    def unwithhold(self, job_id: str) -> None:
-        """Undo `withhold`. Raises as it does."""
-        self._move(parse_job_id(job_id), self.withheld, self.videos)
+    def take_from_trash(self, job_id: str) -> None:
+        """Undo `move_to_trash`. Raises as it does."""
+        self._move(parse_job_id(job_id), self.trash, self.videos)
 
     def _move(self, job_id: str, source: Path, target: Path) -> None:
         name = job_id + VIDEO_SUFFIX
@@ -168,7 +168,7 @@ class MediaStore:
         size = (source / name).stat().st_size
         move(source / name, target / name)
         with self._lock:
-            sizes = {self.videos: self._sizes, self.withheld: self._withheld_sizes}
+            sizes = {self.videos: self._sizes, self.trash: self._trash_sizes}
             sizes[source].pop(job_id, None)
             sizes[target][job_id] = size
         for folder in (target, source):
@@ -190,14 +190,14 @@ class MediaStore:
             OSError: the disk refuses; calling again goes on where it stopped.
         """
         job_id = parse_job_id(job_id)
-        withheld = self.withheld / (job_id + VIDEO_SUFFIX)
-        for path in (self._video(job_id), withheld, self._poster(job_id)):
+        trashed = self.trash / (job_id + VIDEO_SUFFIX)
+        for path in (self._video(job_id), trashed, self._poster(job_id)):
             path.unlink(missing_ok=True)
-        for folder in (self.videos, self.withheld, self.posters):
+        for folder in (self.videos, self.trash, self.posters):
             fsync(folder)
         with self._lock:
             self._sizes.pop(job_id, None)
-            self._withheld_sizes.pop(job_id, None)
+            self._trash_sizes.pop(job_id, None)
 
     def checkpoint(self, job_id: str) -> Path:
         """The file for the job's checkpoint; the engine makes it and its folder.
@@ -249,25 +249,25 @@ class MediaStore:
             if is_job_file(name, POSTER_SUFFIX)
         )
 
-    def strays(self) -> list[str]:
+    def orphans(self) -> list[str]:
         """Names in the folder of videos that are no job's video."""
         names = sorted(os.listdir(self.videos))
         return [name for name in names if not is_job_file(name, VIDEO_SUFFIX)]
 
-    def withheld_ids(self) -> list[str]:
-        """Ids of the jobs whose video is withheld, oldest first."""
+    def trashed_ids(self) -> list[str]:
+        """Ids of the jobs whose video is in the trash, oldest first."""
         with self._lock:
-            return sorted(self._withheld_sizes)
+            return sorted(self._trash_sizes)
 
     def size(self, job_id: str) -> int:
-        """Bytes of the job's video, withheld or not; 0 if there is none."""
+        """Bytes of the job's video, in the trash or not; 0 if there is none."""
         with self._lock:
-            return self._sizes.get(job_id, 0) + self._withheld_sizes.get(job_id, 0)
+            return self._sizes.get(job_id, 0) + self._trash_sizes.get(job_id, 0)
 
     def total_bytes(self) -> int:
-        """Bytes of all videos, also the withheld ones; posters not counted."""
+        """Bytes of all videos, those in the trash too; posters not counted."""
         with self._lock:
-            return sum(self._sizes.values()) + sum(self._withheld_sizes.values())
+            return sum(self._sizes.values()) + sum(self._trash_sizes.values())
 
     def free_bytes(self) -> int:
         """Bytes that the data folder's filesystem still takes."""
@@ -290,7 +290,7 @@ class MediaStore:
                 remove_path(folder)
         temporary = [
             path
-            for folder in (self.videos, self.posters, self.withheld)
+            for folder in (self.videos, self.posters, self.trash)
             for path in folder.glob(f"{TEMPORARY_PREFIX}*")
         ]
         for path in temporary:
@@ -318,7 +318,7 @@ class MediaStore:
         """
         with self._lock:
             self._sizes = video_sizes(self.videos)
-            self._withheld_sizes = video_sizes(self.withheld)
+            self._trash_sizes = video_sizes(self.trash)
 
     def _scratch(self, slot: int) -> Path:
         return self.data_dir / "scratch" / str(int(slot))
@@ -385,7 +385,7 @@ def inside(folder: Path, name: str) -> Path:
     """
     path = folder / name
     if not name or name in (".", "..") or "\0" in name or path.parent != folder:
-        raise MediaError(f"file name {shown(name)}: expected a bare name without folders")
+        raise MediaError(f"file name {safe_repr(name)}: expected a bare name without folders")
     if path.is_symlink() or not path.is_file():
-        raise MediaGone(f"{shown(name)}: no such file in {folder.name}")
+        raise MediaGone(f"{safe_repr(name)}: no such file in {folder.name}")
     return path

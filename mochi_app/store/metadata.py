@@ -12,7 +12,7 @@ from PIL import ExifTags, Image
 
 from mochi_app import xmp
 from mochi_app.errors import MediaError
-from mochi_app.request import shown
+from mochi_app.request import safe_repr
 
 READ_TIMEOUT_SECONDS = 30
 
@@ -24,7 +24,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         MediaError: no such file, not an MP4, a torn one, or one without metadata of this app.
     """
-    name = shown(path.name)
+    name = safe_repr(path.name)
     if not path.is_file():
         raise MediaError(f"{name}: no such file")
     comment = parse_ffmetadata(dump_ffmetadata(path)).get("comment")
@@ -48,7 +48,7 @@ def read_poster_metadata(path: Path) -> dict[str, Any]:
     Raises:
         MediaError: no such file, not a WebP, or one without metadata of this app.
     """
-    name = shown(path.name)
+    name = safe_repr(path.name)
     if not path.is_file():
         raise MediaError(f"{name}: no such file")
     try:
@@ -73,7 +73,7 @@ def dump_ffmetadata(path: Path) -> str:
     Raises:
         MediaError: ffmpeg does not read it as an MP4, or takes too long.
     """
-    name = shown(path.name)
+    name = safe_repr(path.name)
     program = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-v", "error"]
     source = ["-protocol_whitelist", "file", "-f", "mp4", "-i", f"file:{path.resolve()}"]
     tags = ["-f", "ffmetadata", "pipe:1"]

@@ -16,7 +16,7 @@ import os
 import stat
 from pathlib import Path
 
-from mochi_app.changes import Pulse
+from mochi_app.changes import Changes
 from mochi_app.disk_errors import reason_of
 from mochi_app.errors import HistoryError
 from mochi_app.files import sync
@@ -36,7 +36,7 @@ Places = dict[str, tuple[int, int]]  # device and inode, by the folder's name
 class Outputs:
     """The folders of one data folder, and why they cannot be used. Used on one event loop."""
 
-    def __init__(self, media: MediaStore, history: History, changed: Pulse, slots: int) -> None:
+    def __init__(self, media: MediaStore, history: History, changed: Changes, slots: int) -> None:
         self.warnings: list[str] = []  # of folders that no video needs
         self._media = media
         self._history = history

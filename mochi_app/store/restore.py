@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mochi_app.errors import HistoryError
 from mochi_app.files import fsync, replace_file
-from mochi_app.request import shown
+from mochi_app.request import safe_repr
 from mochi_app.store.adopt import Followed, follow_videos
 from mochi_app.store.backups import (
     FOLDER,
@@ -84,7 +84,7 @@ def look_at_backup(path: Path) -> JobIndex:
 
 
 def video_ids(data_dir: Path) -> list[str]:
-    """Ids of all jobs that have a video, withheld or not."""
+    """Ids of all jobs that have a video, in the trash or not."""
     folders = [data_dir / name for name in ("videos", "withheld")]
     return [job_id for folder in folders if folder.is_dir() for job_id in video_sizes(folder)]
 
@@ -177,7 +177,7 @@ def candidates(data_dir: Path, sentinel: Sentinel | None, chosen: Path | None) -
         named = data_dir / FOLDER / chosen.name
         found = chosen if chosen.is_file() else named
         if not found.is_file():
-            raise HistoryError(f"{shown(str(chosen))}: there is no such file, nor in {FOLDER}/")
+            raise HistoryError(f"{safe_repr(str(chosen))}: there is no such file, nor in {FOLDER}/")
         return [found]
     store = sentinel.store if sentinel is not None else None
     ranked: list[tuple[int, Path]] = [

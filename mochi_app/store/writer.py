@@ -19,7 +19,7 @@ import orjson
 
 from mochi_app.errors import HistoryError
 from mochi_app.jobs import Job
-from mochi_app.request import NotFound, shown
+from mochi_app.request import NotFound, safe_repr
 from mochi_app.store.checks import JOB, META, Rows, request_row
 from mochi_app.store.database import RecordStore
 from mochi_app.store.job_index import JobIndex, RequestKey
@@ -47,7 +47,7 @@ class Draft:
     def known(self, job_id: str) -> Job:
         job = self.get(job_id)
         if job is None:
-            raise NotFound(f"job {shown(job_id)}: there is no such job")
+            raise NotFound(f"job {safe_repr(job_id)}: there is no such job")
         return job
 
     def find_request(self, key: RequestKey) -> Job | None:

@@ -27,7 +27,7 @@ def volume_bytes(volume: int) -> int:
     return int(volume * BYTES_PER_PIXEL_FRAME)
 
 
-class Room:
+class DiskSpace:
     """The free room of the data folder's disk as it was at the last look."""
 
     def __init__(self, media: MediaStore) -> None:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from mochi_app.changes import Pulse
+from mochi_app.changes import Changes
 from mochi_app.disk_errors import reason_of
 from mochi_app.errors import without_folders
 from mochi_app.jobs import Job, JobStatus
@@ -23,9 +23,9 @@ from mochi_app.slots.slot import Slot
 from mochi_app.store.history import History
 from mochi_app.store.outputs import Outputs
 from mochi_app.studio import scheduling
-from mochi_app.studio.disk_space import Room
+from mochi_app.studio.disk_space import DiskSpace
 from mochi_app.studio.live import LiveJobs
-from mochi_app.studio.retention import Shelf
+from mochi_app.studio.retention import Retention
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +45,10 @@ class Dispatch:
         pool: Pool,
         *,
         live: LiveJobs,
-        disk: Room,
+        disk: DiskSpace,
         outputs: Outputs,
-        shelf: Shelf,
-        changed: Pulse,
+        retention: Retention,
+        changed: Changes,
         execute: Callable[[Slot, Job], Coroutine[Any, Any, bool]],
         usual_volume: int,
         stopping: Callable[[], bool],
@@ -59,7 +59,7 @@ class Dispatch:
         self._live = live
         self._disk = disk
         self._outputs = outputs
-        self._shelf = shelf
+        self._retention = retention
         self._changed = changed
         self._execute = execute
         self._usual_volume = usual_volume
@@ -142,7 +142,7 @@ class Dispatch:
                 return None
             pair = self._claim()
             short = None if pair else self.waits_for_room
-            if not short or self._unusable or not await self._shelf.purge_next():
+            if not short or self._unusable or not await self._retention.purge_next():
                 break
         if short and not before:
             log.error("no job is started: %s", short)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
 # How long one file may be refused by folders that take others: then it is this file's own trouble
-PATIENCE_SECONDS = 300.0
+FILING_SECONDS = 300.0
 
 
 class Unfiled(Exception):
@@ -66,7 +66,7 @@ class Filing:
                         return await self._file(job_id, slot, done)
                     except (MediaGone, OSError) as error:
                         refused_since = refused_since or time.monotonic()
-                        late = time.monotonic() - refused_since > PATIENCE_SECONDS
+                        late = time.monotonic() - refused_since > FILING_SECONDS
                         if late or not await self._is_to_wait(error):
                             raise
                         reason = str(error) if isinstance(error, MediaGone) else reason_of(error)

@@ -16,13 +16,13 @@ from mochi_app.disk_errors import reason_of
 from mochi_app.jobs import Job, JobIds, JobStatus
 from mochi_app.loras import lora_names
 from mochi_app.model_defaults import ModelDefaults
-from mochi_app.request import Conflict, GenerationRequest, RequestError, walkable
+from mochi_app.request import Conflict, GenerationRequest, RequestError, check_schedule
 from mochi_app.settings import Settings
 from mochi_app.store.history import History
 from mochi_app.store.media import MediaStore
-from mochi_app.studio.disk_space import Room, video_bytes
+from mochi_app.studio.disk_space import DiskSpace, video_bytes
 from mochi_app.studio.live import LiveJobs
-from mochi_app.studio.retention import Shelf
+from mochi_app.studio.retention import Retention
 
 # What an enhance takes over from its preview.
 INHERITED = (
@@ -43,8 +43,8 @@ class Intake:
         media: MediaStore,
         *,
         live: LiveJobs,
-        disk: Room,
-        shelf: Shelf,
+        disk: DiskSpace,
+        retention: Retention,
         queue_moved: Callable[[], None],
         stopping: Callable[[], bool],
     ) -> None:
@@ -54,7 +54,7 @@ class Intake:
         self._media = media
         self._live = live
         self._disk = disk
-        self._shelf = shelf
+        self._retention = retention
         self._queue_moved = queue_moved
         self._stopping = stopping
         self._ids = JobIds(last=history.last_id)
@@ -104,7 +104,7 @@ class Intake:
                 f" {self._settings.model_name}: the same seed would give another video"
             )
         steps = self._settings.enhance_steps
-        walkable(parent.schedule, steps)
+        check_schedule(parent.schedule, steps)
         for child in self._history.children(parent.id):
             if self._has_use(child) and child.num_inference_steps == steps:
                 return child
@@ -151,10 +151,10 @@ class Intake:
             )
         await self._history.check()
         while (lack := await self._look(job)) is not None:
-            if not await self._shelf.purge_next():
+            if not await self._retention.purge_next():
                 raise RequestError(f"{lack}: delete videos or free the disk")
         promised = sum(video_bytes(one) for one in self._accepted())
-        if not self._shelf.can_make_room(promised):
+        if not self._retention.can_make_room(promised):
             raise RequestError(
                 f"the quota of {self._settings.quota_gib:g} GiB is full of starred videos and of"
                 " jobs that wait: unstar or delete some"

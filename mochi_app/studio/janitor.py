@@ -7,10 +7,10 @@ import contextlib
 import logging
 
 from mochi_app.errors import HistoryError
-from mochi_app.studio.disk_space import Room
+from mochi_app.studio.disk_space import DiskSpace
 from mochi_app.studio.live import LiveJobs
-from mochi_app.studio.recovery import Mender
-from mochi_app.studio.retention import Shelf
+from mochi_app.studio.recovery import Recovery
+from mochi_app.studio.retention import Retention
 
 log = logging.getLogger(__name__)
 
@@ -22,12 +22,17 @@ class Janitor:
     """Looks after everything each minute, or when it is called."""
 
     def __init__(
-        self, live: LiveJobs, disk: Room, mender: Mender, shelf: Shelf, trash_hours: float
+        self,
+        live: LiveJobs,
+        disk: DiskSpace,
+        recovery: Recovery,
+        retention: Retention,
+        trash_hours: float,
     ) -> None:
         self._live = live
         self._disk = disk
-        self._mender = mender
-        self._shelf = shelf
+        self._recovery = recovery
+        self._retention = retention
         self._trash_hours = trash_hours
         self._called = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -51,9 +56,9 @@ class Janitor:
             self._live.forget_ended()
             try:
                 await self._disk.look()
-                await self._mender.mend()
-                await self._shelf.empty_trash(older_than_hours=self._trash_hours)
-                await self._shelf.enforce_quota()
+                await self._recovery.repair()
+                await self._retention.empty_trash(older_than_hours=self._trash_hours)
+                await self._retention.enforce_quota()
             except (HistoryError, OSError) as error:  # told by the history, or by the outputs
                 log.warning("no housekeeping now: %s", error)
                 await asyncio.sleep(JANITOR_RETRY_SECONDS)

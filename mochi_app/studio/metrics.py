@@ -12,7 +12,7 @@ from mochi_app.jobs import Job, JobStatus
 from mochi_app.slots.pool import Pool
 from mochi_app.store.history import History
 from mochi_app.store.media import MediaStore
-from mochi_app.studio.retention import Shelf
+from mochi_app.studio.retention import Retention
 
 # Seconds: from the embedded model's preview to an enhance on one GPU that waited for a night.
 RUN_BUCKETS = (1, 2, 5, 10, 20, 45, 90, 180, 300, 600, 1200, 2400, 4800, 9600)
@@ -23,9 +23,11 @@ STEP_BUCKETS = (0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
 class Metrics:
     """The registry of one server."""
 
-    def __init__(self, history: History, media: MediaStore, shelf: Shelf, pool: Pool) -> None:
+    def __init__(
+        self, history: History, media: MediaStore, retention: Retention, pool: Pool
+    ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(Now(history, media, shelf, pool))
+        self._registry.register(Now(history, media, retention, pool))
         self._wait = Histogram(
             "mochi_job_wait_seconds",
             "From the submit, or the server's start if that was later, to the first start.",
@@ -62,10 +64,12 @@ class Metrics:
 class Now(Collector):
     """Reads the state at each scrape; keeps none of its own."""
 
-    def __init__(self, history: History, media: MediaStore, shelf: Shelf, pool: Pool) -> None:
+    def __init__(
+        self, history: History, media: MediaStore, retention: Retention, pool: Pool
+    ) -> None:
         self._history = history
         self._media = media
-        self._shelf = shelf
+        self._retention = retention
         self._pool = pool
 
     def collect(self) -> list[Metric]:
@@ -78,7 +82,7 @@ class Now(Collector):
             "mochi_queue_length": ("Jobs that wait.", counts.get(JobStatus.PENDING, 0) - held),
             "mochi_jobs_held": ("Jobs that wait for a person to try them again.", held),
             "mochi_videos_bytes": ("Bytes of all videos.", self._media.total_bytes()),
-            "mochi_quota_bytes": ("Room for videos, in bytes.", self._shelf.quota_bytes),
+            "mochi_quota_bytes": ("Room for videos, in bytes.", self._retention.quota_bytes),
         }
         with contextlib.suppress(OSError):  # a disk that is gone has no free bytes, and no zero
             free = self._media.free_bytes()

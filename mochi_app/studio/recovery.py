@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Collection
 
-from mochi_app.changes import Pulse
+from mochi_app.changes import Changes
 from mochi_app.jobs import Job, JobStatus, interrupted, withdrawn
 from mochi_app.store.history import History
 from mochi_app.store.media import MediaStore
@@ -20,11 +20,11 @@ from mochi_app.studio.suspects import outlived
 log = logging.getLogger(__name__)
 
 
-class Mender:
+class Recovery:
     """Has history and media of one data folder agree. `claimed` are the ids of jobs that run."""
 
     def __init__(
-        self, history: History, media: MediaStore, changed: Pulse, claimed: Collection[str]
+        self, history: History, media: MediaStore, changed: Changes, claimed: Collection[str]
     ) -> None:
         self._history = history
         self._media = media
@@ -41,15 +41,15 @@ class Mender:
             found = self._history.get(job_id)
             if found is not None and found.status is JobStatus.PENDING:
                 await self._history.update(job_id, lambda job: job.moved(JobStatus.PROCESSING))
-        await self.mend(running if self._history.server_died else frozenset())
+        await self.repair(running if self._history.server_died else frozenset())
         going_on = {job.id for job in self._history.with_status(JobStatus.PENDING)}
         await asyncio.to_thread(self._media.sweep_checkpoints, going_on)
-        for job_id in {*self._media.job_ids(), *self._media.withheld_ids()}:
+        for job_id in {*self._media.job_ids(), *self._media.trashed_ids()}:
             try:
                 await asyncio.to_thread(self._put_right, job_id)
             except OSError as error:  # one file is no reason not to start
                 log.error("job %s: its video stays as it is: %s", job_id, error)
-        await self._tell_of_strays()
+        await self._tell_of_orphans()
 
     def _put_right(self, job_id: str) -> None:
         """Have a video be where its record says. Raises OSError."""
@@ -62,13 +62,13 @@ class Mender:
         elif found.status is not JobStatus.COMPLETED:
             self._media.remove(job_id)
         elif found.deleted_at is not None:
-            self._media.withhold(job_id)
+            self._media.move_to_trash(job_id)
         else:
-            self._media.unwithhold(job_id)
+            self._media.take_from_trash(job_id)
             if found.evicted_at is not None:
                 self._media.remove_video(job_id)
 
-    async def _tell_of_strays(self) -> None:
+    async def _tell_of_orphans(self) -> None:
         """Remove posters of jobs that have no video, and log what does not fit together."""
         for job_id in await asyncio.to_thread(self._media.poster_ids):
             found = self._history.get(job_id)
@@ -77,16 +77,16 @@ class Mender:
                     await asyncio.to_thread(self._media.remove, job_id)
                 except OSError as error:
                     log.error("job %s: its poster stays: %s", job_id, error)
-        strays = await asyncio.to_thread(self._media.strays)
-        if strays:
-            log.warning("%d files in videos are not the app's; left: %s", len(strays), strays[:5])
+        orphans = await asyncio.to_thread(self._media.orphans)
+        if orphans:
+            log.warning("%d files in videos are not the app's; left: %s", len(orphans), orphans[:5])
         made = self._history.with_status(JobStatus.COMPLETED)
         there = self._media.has_video
         missing = [job.id for job in made if job.evicted_at is None and not there(job.id)]
         if missing:
             log.error("the videos of %d jobs are gone from the disk: %s", len(missing), missing[:5])
 
-    async def mend(self, died_with: Collection[str] = ()) -> None:
+    async def repair(self, died_with: Collection[str] = ()) -> None:
         """Put right the jobs that are running, or to be cancelled, on paper only: their server
         died, or the record of their end could not be written. `died_with` are the ids of those
         that ran when the server died: suspects."""

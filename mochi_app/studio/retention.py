@@ -18,7 +18,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from mochi_app.changes import Pulse
+from mochi_app.changes import Changes
 from mochi_app.disk_errors import reason_of
 from mochi_app.jobs import Job, evicted, parse_job_id
 from mochi_app.request import Conflict, NotFound, RequestError
@@ -28,11 +28,11 @@ from mochi_app.store.media import MediaStore
 log = logging.getLogger(__name__)
 
 
-class Shelf:
+class Retention:
     """The ended jobs of one data folder and their files."""
 
     def __init__(
-        self, history: History, media: MediaStore, changed: Pulse, quota_bytes: int
+        self, history: History, media: MediaStore, changed: Changes, quota_bytes: int
     ) -> None:
         self._history = history
         self._media = media
@@ -52,21 +52,21 @@ class Shelf:
         async with self._changing:
             job = await self._history.update(job.id, self._trashed)
             try:
-                await asyncio.to_thread(self._media.withhold, job.id)
+                await asyncio.to_thread(self._media.move_to_trash, job.id)
             except OSError as error:
                 await self._stays(job, error)
         self._changed.beat()
         return job
 
     async def _stays(self, job: Job, refusal: OSError) -> None:
-        """The job is not deleted, as its video cannot be withheld.
+        """The job is not deleted, as its video cannot be moved to the trash.
 
         Raises:
             RequestError: always, with the reason.
         """
         await self._history.update(job.id, restored)
         with contextlib.suppress(OSError):
-            await asyncio.to_thread(self._media.unwithhold, job.id)
+            await asyncio.to_thread(self._media.take_from_trash, job.id)
         told = f"its video cannot be moved to the folder withheld ({reason_of(refusal)})"
         raise RequestError(f"job {job.id} is not deleted: {told}") from refusal
 
@@ -90,7 +90,7 @@ class Shelf:
                 return job
             await self._history.check()
             try:
-                await asyncio.to_thread(self._media.unwithhold, job.id)
+                await asyncio.to_thread(self._media.take_from_trash, job.id)
             except OSError as error:
                 told = f"its video cannot be moved to the folder videos ({reason_of(error)})"
                 raise RequestError(f"job {job.id} is not restored: {told}") from error

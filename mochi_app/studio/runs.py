@@ -16,12 +16,12 @@ from dataclasses import replace
 from typing import Any
 
 from mochi_app import __version__, messages
-from mochi_app.changes import Pulse
+from mochi_app.changes import Changes
 from mochi_app.disk_errors import full, reason_of
 from mochi_app.errors import HistoryError, MediaError, without_folders
 from mochi_app.jobs import Job, JobStatus, cancelled, interrupted, withdrawn
 from mochi_app.model_defaults import ModelDefaults
-from mochi_app.setting_types import Patience
+from mochi_app.setting_types import Timeouts
 from mochi_app.settings import Settings
 from mochi_app.slots.job_run import JobCancelled, JobFailed
 from mochi_app.slots.slot import Slot, SlotDied, SlotState
@@ -32,7 +32,7 @@ from mochi_app.studio import scheduling
 from mochi_app.studio.filing import Filing, Unfiled
 from mochi_app.studio.live import Live, LiveJobs
 from mochi_app.studio.metrics import Metrics
-from mochi_app.studio.retention import Shelf
+from mochi_app.studio.retention import Retention
 from mochi_app.studio.suspects import advanced, cleared
 
 log = logging.getLogger(__name__)
@@ -58,10 +58,10 @@ class Runs:
         media: MediaStore,
         *,
         live: LiveJobs,
-        shelf: Shelf,
+        retention: Retention,
         outputs: Outputs,
         metrics: Metrics,
-        changed: Pulse,
+        changed: Changes,
         stopping: Callable[[], bool],
         on_unwritten: Callable[[], None],
     ) -> None:
@@ -70,7 +70,7 @@ class Runs:
         self._history = history
         self._media = media
         self._live = live
-        self._shelf = shelf
+        self._retention = retention
         self._outputs = outputs
         self._filing = Filing(history, media, outputs, make_room=self._make_room, stopping=stopping)
         self._metrics = metrics
@@ -183,7 +183,7 @@ class Runs:
             # One that is dying by now dies of something older than this job
             live.blameless = slot.dying or slot.state is not SlotState.READY
             done = await slot.run(
-                self._request(job), lambda event: self._hear(live, event), self._patience(job)
+                self._request(job), lambda event: self._hear(live, event), self._timeouts(job)
             )
             video, poster = await self._filing.file(job.id, slot.index, done, live)
             return done, video, poster
@@ -196,7 +196,7 @@ class Runs:
 
     async def _make_room(self, size: int) -> None:
         try:
-            await self._shelf.make_room(size)
+            await self._retention.make_room(size)
         except (HistoryError, OSError) as error:  # the janitor tries again; the video comes first
             log.error("no room was made under the quota: %s", error)
 
@@ -260,13 +260,13 @@ class Runs:
         if job is None or job.status.terminal:
             await asyncio.to_thread(self._media.remove_checkpoint, job_id)
 
-    def _patience(self, job: Job) -> Patience:
+    def _timeouts(self, job: Job) -> Timeouts:
         """How long the job's run may stand still on this machine."""
         usual = self._defaults.height * self._defaults.width * self._defaults.num_frames
-        timeouts = self._settings.patience
+        timeouts = self._settings.timeouts
         # What killed a slot may be a deadline that another, faster slot has taught.
         speeds = self._live.speeds if not job.deaths else scheduling.Speeds()
-        chosen = scheduling.patience(job, speeds, timeouts, usual)
+        chosen = scheduling.timeouts_for(job, speeds, timeouts, usual)
         if self._settings.compile:  # at the first video of a new size: minutes
             chosen = replace(chosen, step=max(chosen.step, timeouts.step))
         return chosen

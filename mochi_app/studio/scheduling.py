@@ -1,6 +1,6 @@
 """Who is next, at which place, and when it will be done. Pure functions of plain data.
 
-Order: a job is due when it came plus `PATIENCE` times its own estimated run time; the
+Order: a job is due when it came plus `RUN_TIMES` times its own estimated run time; the
 earliest due goes first. Among equals that is first come, first served. A short job overtakes a long
 one, but only for a while: what comes later is due later, so nothing starves. A job that was
 interrupted had its turn already and goes before all that have not. A suspect (`suspects.py`) runs
@@ -14,9 +14,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from mochi_app.jobs import Job
-from mochi_app.setting_types import Patience
+from mochi_app.setting_types import Timeouts
 
-PATIENCE = 4.0
+RUN_TIMES = 4.0
 SLACK = 10.0  # times the expected seconds before a run counts as hung
 CANCEL_SLACK = 3.0
 LEAST_SHARE = 1 / 3  # of a timeout, however fast the machine was measured to be
@@ -78,7 +78,7 @@ class Speeds:
         return volume(job) * (self.denoise * steps * passes(job) + self.other)
 
 
-def patience(job: Job, speeds: Speeds, timeouts: Patience, usual_volume: int) -> Patience:
+def timeouts_for(job: Job, speeds: Speeds, timeouts: Timeouts, usual_volume: int) -> Timeouts:
     """Deadlines of a job, from what this machine needs for such work.
 
     `timeouts` are those of the usual video, pixels × frames of which are `usual_volume`, as long
@@ -86,11 +86,11 @@ def patience(job: Job, speeds: Speeds, timeouts: Patience, usual_volume: int) ->
     the expected seconds, and at least a third of that.
     """
     larger = max(1.0, volume(job) / usual_volume)
-    most = Patience(timeouts.step * larger, timeouts.cancel * larger)
+    most = Timeouts(timeouts.step * larger, timeouts.cancel * larger)
     step, stages = speeds.step_seconds(job), speeds.stage_seconds(job)
     if step is None or stages is None:
         return most
-    return Patience(
+    return Timeouts(
         step=max(LEAST_SHARE * most.step, SLACK * max(step, stages)),
         cancel=max(timeouts.cancel, CANCEL_SLACK * step),
     )
@@ -111,7 +111,7 @@ def due(job: Job, estimate: Estimate, since: Since = submitted) -> tuple[bool, f
     `since` tells when a job came, in seconds of any clock (`waits.py`).
     """
     fresh = job.started_processing_at is None
-    return (fresh, since(job) + PATIENCE * (estimate(job) or 0.0), job.id)
+    return (fresh, since(job) + RUN_TIMES * (estimate(job) or 0.0), job.id)
 
 
 def next_job(

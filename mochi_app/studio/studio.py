@@ -15,9 +15,9 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
-from mochi_app.callers import HOUSE, Caller
+from mochi_app.callers import SYSTEM, Caller
 from mochi_app.cancels import to_the_end
-from mochi_app.changes import Pulse
+from mochi_app.changes import Changes
 from mochi_app.errors import HistoryError, without_folders
 from mochi_app.jobs import (
     REQUEST_FIELDS,
@@ -42,14 +42,14 @@ from mochi_app.store.history import History
 from mochi_app.store.job_index import JobQuery
 from mochi_app.store.media import MediaStore
 from mochi_app.store.outputs import Outputs
-from mochi_app.studio.disk_space import Room
+from mochi_app.studio.disk_space import DiskSpace
 from mochi_app.studio.dispatch import Dispatch
 from mochi_app.studio.intake import Intake
 from mochi_app.studio.janitor import Janitor
 from mochi_app.studio.live import LiveJobs
 from mochi_app.studio.metrics import Metrics
-from mochi_app.studio.recovery import Mender
-from mochi_app.studio.retention import Shelf
+from mochi_app.studio.recovery import Recovery
+from mochi_app.studio.retention import Retention
 from mochi_app.studio.runs import Runs
 from mochi_app.studio.suspects import released
 from mochi_app.studio.watching import watch
@@ -75,7 +75,7 @@ class Studio:
         self.history = history
         self.media = media
         self.pool = pool
-        self.changed = Pulse()
+        self.changed = Changes()
         self.stopping = False
         self.backups = Backups(
             settings.data_dir, hours=settings.backup_hours, kept=settings.backups_kept
@@ -84,26 +84,28 @@ class Studio:
             history, pool, lambda: self.dispatch.waiting,
             lacks=lambda job: self.dispatch.lack(job), has_video=media.has_video,
         )  # fmt: skip
-        self.shelf = Shelf(history, media, self.changed, int(settings.quota_gib * 2**30))
-        self.metrics = Metrics(history, media, self.shelf, pool)
-        self.room = Room(media)
+        self.retention = Retention(history, media, self.changed, int(settings.quota_gib * 2**30))
+        self.metrics = Metrics(history, media, self.retention, pool)
+        self.disk = DiskSpace(media)
         self.outputs = Outputs(media, history, self.changed, len(pool.slots))
         self.checks: list[Callable[[], str | None]] = []  # other parts' reasons in `health`
-        self._mender = Mender(history, media, self.changed, self.live.claimed)
-        self.janitor = Janitor(self.live, self.room, self._mender, self.shelf, settings.trash_hours)
+        self._recovery = Recovery(history, media, self.changed, self.live.claimed)
+        self.janitor = Janitor(
+            self.live, self.disk, self._recovery, self.retention, settings.trash_hours
+        )
         self._runs = Runs(
             settings, defaults, history, media,
-            live=self.live, shelf=self.shelf, outputs=self.outputs, metrics=self.metrics,
+            live=self.live, retention=self.retention, outputs=self.outputs, metrics=self.metrics,
             changed=self.changed, stopping=lambda: self.stopping, on_unwritten=self.janitor.call,
         )  # fmt: skip
         self.intake = Intake(
             settings, defaults, history, media,
-            live=self.live, disk=self.room, shelf=self.shelf, queue_moved=self._queue_moved,
+            live=self.live, disk=self.disk, retention=self.retention, queue_moved=self._queue_moved,
             stopping=lambda: self.stopping,
         )  # fmt: skip
         self.dispatch = Dispatch(
             history, pool,
-            live=self.live, disk=self.room, outputs=self.outputs, shelf=self.shelf,
+            live=self.live, disk=self.disk, outputs=self.outputs, retention=self.retention,
             changed=self.changed, execute=self._runs.execute,
             usual_volume=defaults.height * defaults.width * defaults.num_frames,
             stopping=lambda: self.stopping,
@@ -114,7 +116,7 @@ class Studio:
 
     async def start(self) -> None:
         """Take over what an earlier process left, then bring up the slots."""
-        await self._mender.take_over()
+        await self._recovery.take_over()
         self.live.waits.begin(self.history.with_status(JobStatus.PENDING), time.time())
         self._learn_speeds()
         self.janitor.start()
@@ -252,7 +254,7 @@ class Studio:
         }
 
     @to_the_end
-    async def cancel(self, job_id: Any, *, by: Caller = HOUSE) -> Job:
+    async def cancel(self, job_id: Any, *, by: Caller = SYSTEM) -> Job:
         """Stop a job, waiting or running; one that has ended is returned as it is.
 
         Raises:
@@ -282,7 +284,7 @@ class Studio:
         await self._runs.drop_checkpoint(job.id)
         return job
 
-    async def retry(self, job_id: Any, *, by: Caller = HOUSE) -> Job:
+    async def retry(self, job_id: Any, *, by: Caller = SYSTEM) -> Job:
         """Try a job once more: a held one itself, with nothing that counts against it any more; in
         place of one that failed or was cancelled, a new one of the caller's.
 
@@ -320,7 +322,7 @@ class Studio:
         return job
 
     @to_the_end
-    async def delete(self, job_id: Any, *, by: Caller = HOUSE) -> Job:
+    async def delete(self, job_id: Any, *, by: Caller = SYSTEM) -> Job:
         """Put an ended job into the trash: nobody sees it or its files from now on.
 
         Raises:
@@ -329,10 +331,10 @@ class Studio:
         """
         job = self.find(job_id)
         require_own(job, by, "delete")
-        return await self.shelf.delete(job)
+        return await self.retention.delete(job)
 
     @to_the_end
-    async def restore(self, job_id: Any, *, by: Caller = HOUSE) -> Job:
+    async def restore(self, job_id: Any, *, by: Caller = SYSTEM) -> Job:
         """Undo a delete; a job that is not in the trash is returned as it is.
 
         Raises:
@@ -342,10 +344,10 @@ class Studio:
         job = self.history.get(parse_job_id(job_id))
         if job is not None and job.deleted_at is not None:
             require_own(job, by, "restore")
-        return await self.shelf.restore(job_id)
+        return await self.retention.restore(job_id)
 
     @to_the_end
-    async def empty_trash(self, *, by: Caller = HOUSE) -> int:
+    async def empty_trash(self, *, by: Caller = SYSTEM) -> int:
         """Remove the deleted jobs for good; returns how many.
 
         Raises:
@@ -353,7 +355,7 @@ class Studio:
         """
         if not by.may_empty_trash:
             raise NotYours("the trash is everybody's: only an admin can empty it")
-        return await self.shelf.empty_trash()
+        return await self.retention.empty_trash()
 
     def view(self, job: Job) -> dict[str, Any]:
         """The job as every door shows it."""
@@ -383,7 +385,7 @@ class Studio:
         reasons += [without_folders(problem) for problem in problems if problem is not None]
         warnings = [self.backups.problem] if self.backups.problem is not None else []
         warnings += self.outputs.warnings
-        if not self.shelf.can_make_room(0):
+        if not self.retention.can_make_room(0):
             reasons.append("the quota is full of starred videos")
         reasons += filter(None, [self.dispatch.short_of_room, *(check() for check in self.checks)])
         slots = [slot.describe() for slot in self.pool.slots]

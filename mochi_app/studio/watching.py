@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from mochi_app.changes import Pulse
+from mochi_app.changes import Changes
 from mochi_app.jobs import Job
 from mochi_app.studio.live import is_news
 
@@ -18,7 +18,7 @@ ETA_PAUSE = 5.0  # seconds between two views for which only the time has passed
 async def watch(
     find: Callable[[], Job],
     view_of: Callable[[Job], dict[str, Any]],
-    changed: Pulse,
+    changed: Changes,
     *,
     stopping: Callable[[], bool],
     interval: float,

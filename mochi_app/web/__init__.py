@@ -1,1 +1,1 @@
-"""The doors: the page, the named endpoints and the plain HTTP routes."""
+"""What users and scripts meet: the page, the named endpoints and the plain HTTP routes."""

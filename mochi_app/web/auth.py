@@ -33,7 +33,7 @@ from mochi_app.accounts import Account, Accounts
 from mochi_app.callers import ANONYMOUS, MACHINE, Caller
 from mochi_app.files import sync
 from mochi_app.jobs import JOB_ID
-from mochi_app.request import shown
+from mochi_app.request import safe_repr
 from mochi_app.settings import Settings, SettingsError
 from mochi_app.store.logins import EndedLogins
 from mochi_app.web.middleware import refusal
@@ -110,7 +110,7 @@ class Login:
     since: float
 
 
-class Doors:
+class Auth:
     """Tells who comes. `closed` with an accounts file: then whoever is nobody known stays outside.
 
     Raises:
@@ -218,7 +218,7 @@ class Doors:
         finally:
             self._waiting -= 1
         if account is None:
-            log.warning("login refused for %s from %s", shown(name), address)
+            log.warning("login refused for %s from %s", safe_repr(name), address)
             raise LoginRefused(401, "name or password is wrong")
         self._throttle.give_back(address)
         log.info("%s logged in from %s", account.name, address)
@@ -285,31 +285,31 @@ def signed(serializer: URLSafeTimedSerializer, cookie: str | None) -> tuple[Any,
 class Guard:
     """The layer before all routes: finds the caller, and keeps strangers outside a closed door."""
 
-    def __init__(self, app: ASGIApp, doors: Doors) -> None:
+    def __init__(self, app: ASGIApp, auth: Auth) -> None:
         self.app = app
-        self._doors = doors
+        self._auth = auth
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
         connection = HTTPConnection(scope)
-        caller = scope[SCOPE_KEY] = self._doors.caller(connection)
+        caller = scope[SCOPE_KEY] = self._auth.caller(connection)
         path, method = scope["path"], scope.get("method")
         if caller is None and path not in OPEN_PATHS:
             await self._refuse(scope, receive, send)
-        elif caller is not None and method == "GET" and self._doors.closed:
+        elif caller is not None and method == "GET" and self._auth.closed:
             let_in = functools.partial(self._let_in, connection, caller.name)
             if not await while_let_in(let_in, self.app, scope, receive, send):
                 await self._refuse(scope, receive, send)
-        elif path == "/" and method == "GET" and not self._doors.closed:
+        elif path == "/" and method == "GET" and not self._auth.closed:
             await self.app(scope, receive, self._welcoming(connection, send))
         else:
             await self.app(scope, receive, send)
 
     def _let_in(self, connection: HTTPConnection, name: str) -> bool:
         """Whether who came by that name would still come in."""
-        caller = self._doors.caller(connection)
+        caller = self._auth.caller(connection)
         return caller is not None and caller.name == name
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -326,7 +326,7 @@ class Guard:
     def _welcoming(self, connection: HTTPConnection, send: Send) -> Send:
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] == 200:
-                MutableHeaders(scope=message).append("set-cookie", self._doors.welcome(connection))
+                MutableHeaders(scope=message).append("set-cookie", self._auth.welcome(connection))
             await send(message)
 
         return sending

@@ -75,8 +75,8 @@ class Wanted:
         """
         named = None if jobs is None else parse_ids("jobs", jobs)
         shown = parse_ids("pictures", pictures or ())
-        if stray := [job_id for job_id in shown if job_id not in (named or ())]:
-            raise refuse("pictures", stray[0], "ids that jobs names, too")
+        if unknown := [job_id for job_id in shown if job_id not in (named or ())]:
+            raise refuse("pictures", unknown[0], "ids that jobs names, too")
         return cls(named, frozenset(shown), hidden)
 
 

@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 
 from mochi_app.accounts import MAX_PASSWORD
 from mochi_app.jobs import JOB_ID
-from mochi_app.web.auth import Doors, LoginRefused, is_stranger
+from mochi_app.web.auth import Auth, LoginRefused, is_stranger
 from mochi_app.web.middleware import MULTIPART_FORM, media_type
 
 MAX_FIELDS = 8
@@ -80,7 +80,7 @@ def login_page(
     return HTMLResponse(text, status, {"cache-control": "no-store"} | (headers or {}))
 
 
-def add_login(app: FastAPI, doors: Doors) -> None:
+def add_login(app: FastAPI, auth: Auth) -> None:
     """Put /login and /logout onto the parent app; before Gradio, which has its own."""
     router = APIRouter()
 
@@ -102,9 +102,9 @@ def add_login(app: FastAPI, doors: Doors) -> None:
             answer: Response = JSONResponse({"success": True})
             if browser:
                 answer = RedirectResponse(page_url(job), 303)
-            if doors.closed:
+            if auth.closed:
                 name, password = form.get("username", "").strip(), form.get("password", "")
-                doors.remember(answer, request, await doors.log_in(request, name, password))
+                auth.remember(answer, request, await auth.log_in(request, name, password))
             return answer
         except LoginRefused as refused:
             retry = {"retry-after": f"{refused.retry:.0f}"} if refused.retry else {}
@@ -115,9 +115,9 @@ def add_login(app: FastAPI, doors: Doors) -> None:
     @router.api_route("/logout", methods=["GET", "POST"])
     async def log_out(request: Request) -> Response:
         """End the login, and let the browser forget it."""
-        await doors.log_out(request)
-        answer = RedirectResponse("login" if doors.closed else "./", 303)
-        answer.delete_cookie(doors.login_cookie, httponly=True, samesite="lax")
+        await auth.log_out(request)
+        answer = RedirectResponse("login" if auth.closed else "./", 303)
+        answer.delete_cookie(auth.login_cookie, httponly=True, samesite="lax")
         return answer
 
     app.include_router(router)

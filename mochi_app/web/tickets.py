@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 import httpx
 from starlette.types import ASGIApp
 
-from mochi_app.changes import Pulse
+from mochi_app.changes import Changes
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Tickets:
         app: ASGIApp,
         secret: str,
         needed: Callable[[], int],
-        changed: Pulse,
+        changed: Changes,
         *,
         starving: Callable[[], bool] = lambda: False,
         on_stall: Callable[[str], None] = lambda reason: None,

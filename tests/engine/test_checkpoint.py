@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mochi_app.engine import checkpoint, start
-from mochi_app.engine.checkpoint import Checkpoint, Trail
+from mochi_app.engine.checkpoint import Checkpoint, CheckpointWriter
 from mochi_app.engine.group import Ranks
 from mochi_app.engine.loading import Precision, open_pipeline
 from mochi_app.engine.pipeline import Engine, Result
@@ -193,14 +193,14 @@ def test_what_another_request_left_is_removed(
     engine: Engine, request_: Run, change: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     left = replace(request_, lora="one", lora_scale=0.5)
-    trail, same, other = (
-        engine._trail(request, (1, 2)) for request in (left, left, replace(left, **change))
+    checkpoints, same, other = (
+        engine._checkpoints(request, (1, 2)) for request in (left, left, replace(left, **change))
     )
-    assert trail is not None
+    assert checkpoints is not None
     assert same is not None
     assert other is not None
-    trail.keep(3, latents())
-    trail.settle()
+    checkpoints.keep(3, latents())
+    checkpoints.settle()
     assert same.resume(SHAPE) is not None
     with caplog.at_level(logging.WARNING):
         assert other.resume(SHAPE) is None
@@ -375,7 +375,7 @@ def test_a_disk_that_hangs_is_waited_for_once(path: Path, monkeypatch: pytest.Mo
 
     waits: list[float] = []
     join = threading.Thread.join
-    monkeypatch.setattr(checkpoint, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(checkpoint, "WRITE_SECONDS", 0.01)
     monkeypatch.setattr(checkpoint, "write", hang)
 
     def note(thread: threading.Thread, limit: float) -> None:
@@ -383,24 +383,24 @@ def test_a_disk_that_hangs_is_waited_for_once(path: Path, monkeypatch: pytest.Mo
         join(thread, limit)
 
     monkeypatch.setattr(threading.Thread, "join", note)
-    trail = Trail(path, 1, STAMP)
+    checkpoints = CheckpointWriter(path, 1, STAMP)
     for step in (1, 2, 3):
-        trail.settle()
-        trail.keep(step, latents())
+        checkpoints.settle()
+        checkpoints.keep(step, latents())
     assert written == [1]
     assert waits == [0.01, 0, 0, 0]
     hanging.set()
-    assert trail._writing is not None
-    join(trail._writing)
-    trail.keep(4, latents())
-    trail.settle()
+    assert checkpoints._writing is not None
+    join(checkpoints._writing)
+    checkpoints.keep(4, latents())
+    checkpoints.settle()
     assert written == [1, 4]
 
 
 def test_numbers_that_are_not_finite_are_not_kept(path: Path) -> None:
-    trail = Trail(path, 1, STAMP)
-    trail.keep(1, latents(float("nan")))
-    trail.settle()
+    checkpoints = CheckpointWriter(path, 1, STAMP)
+    checkpoints.keep(1, latents(float("nan")))
+    checkpoints.settle()
     assert not path.exists()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mochi_app.engine.gpu_memory import Room
+from mochi_app.engine.gpu_memory import MemoryBudget
 from mochi_app.engine.loading import LoadError, Precision, warn_of_rounding
 from mochi_app.engine.plan import costs, fit
 from mochi_app.messages import Configure
@@ -38,16 +38,16 @@ def test_a_gpu_that_is_too_small_is_told_with_the_figures(published: str) -> Non
     config = replace(FOUR_GPUS, model=published)
     precision = Precision.choose(config, CUDA)
     with pytest.raises(LoadError, match=r"needs 6\d\.\d GB at its peak on rank 0 .*24 GB"):
-        Room(config, precision, 24_000_000_000).check_start()
-    Room(config, precision, 80_000_000_000).check_start()
+        MemoryBudget(config, precision, 24_000_000_000).check_start()
+    MemoryBudget(config, precision, 80_000_000_000).check_start()
 
 
 def test_a_video_larger_than_usual_is_measured_against_the_gpu(published: str) -> None:
     config = replace(FOUR_GPUS, model=published)
-    room = Room(config, Precision.choose(config, CUDA), 64_000_000_000)
-    assert room.problem(480, 848, 163) == ""
-    assert "does not fit" in room.problem(720, 1280, 325)
-    assert Room(config, room.precision, 640_000_000_000).problem(720, 1280, 325) == ""
+    budget = MemoryBudget(config, Precision.choose(config, CUDA), 64_000_000_000)
+    assert budget.problem(480, 848, 163) == ""
+    assert "does not fit" in budget.problem(720, 1280, 325)
+    assert MemoryBudget(config, budget.precision, 640_000_000_000).problem(720, 1280, 325) == ""
 
 
 @pytest.mark.parametrize("size", [(256, 256, 163), (480, 432, 37), (1600, 48, 31)])
@@ -58,21 +58,21 @@ def test_what_has_no_more_pixels_than_usual_is_measured_all_the_same(
     usual = (480, 848, 31)
     config = replace(FOUR_GPUS, model=published, height=480, width=848, num_frames=31)
     assert math.prod(size) <= math.prod(usual)
-    room = Room(config, Precision.choose(config, CUDA), 44_750_000_000)
-    room.check_start()
-    assert ("does not fit" in room.problem(*size)) == (size[2] > 31)
+    budget = MemoryBudget(config, Precision.choose(config, CUDA), 44_750_000_000)
+    budget.check_start()
+    assert ("does not fit" in budget.problem(*size)) == (size[2] > 31)
 
 
 def test_what_is_no_larger_in_any_way_than_the_usual_video_costs_no_plan(
     published: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(FOUR_GPUS, model=published)
-    room = Room(config, Precision.choose(config, CUDA), 64_000_000_000)
+    budget = MemoryBudget(config, Precision.choose(config, CUDA), 64_000_000_000)
     asked: list[fit.Setting] = []
     monkeypatch.setattr(fit, "check_fit", lambda setting, model: asked.append(setting))
-    assert room.problem(480, 848, 163) == room.problem(64, 64, 7) == ""
+    assert budget.problem(480, 848, 163) == budget.problem(64, 64, 7) == ""
     assert not asked
-    room.problem(496, 64, 7)
+    budget.problem(496, 64, 7)
     assert len(asked) == 1
 
 
@@ -81,9 +81,9 @@ def test_what_is_not_known_beforehand_is_not_refused(
     published: str, unknown: dict[str, object]
 ) -> None:
     config = replace(FOUR_GPUS, model=published, **unknown)  # type: ignore[arg-type]
-    room = Room(config, Precision.choose(config, CUDA), 24_000_000_000)
-    room.check_start()
-    assert room.problem(4800, 8480, 1633) == ""
+    budget = MemoryBudget(config, Precision.choose(config, CUDA), 24_000_000_000)
+    budget.check_start()
+    assert budget.problem(4800, 8480, 1633) == ""
 
 
 @pytest.mark.parametrize(

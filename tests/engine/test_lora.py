@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mochi_app.engine.group import Ranks
-from mochi_app.engine.lora import LoraShelf
+from mochi_app.engine.lora import LoraCache
 from mochi_app.engine.parallel import parallelize
 from mochi_app.engine.pipeline import Engine
 from mochi_app.loras import LoraError, lora_file, lora_names
@@ -114,40 +114,40 @@ def stock(pipe: MochiPipeline) -> torch.Tensor:
 
 
 @pytest.fixture
-def shelf(pipe: MochiPipeline, stock: torch.Tensor, folder: Path) -> Iterator[LoraShelf]:
-    """A shelf of two; afterwards the pipeline is the stock one again."""
-    shelf = LoraShelf(pipe, folder, keep=2)
-    yield shelf
-    shelf.clear()
+def loras(pipe: MochiPipeline, stock: torch.Tensor, folder: Path) -> Iterator[LoraCache]:
+    """A loras of two; afterwards the pipeline is the stock one again."""
+    loras = LoraCache(pipe, folder, keep=2)
+    yield loras
+    loras.clear()
     assert not wrapped(pipe)
     assert not adapters(pipe)
 
 
-def used(pipe: MochiPipeline, shelf: LoraShelf, name: str | None, scale: float = 1.0) -> Any:
-    """Latents with a LoRA from the shelf."""
-    with shelf.use(name, scale):
+def used(pipe: MochiPipeline, loras: LoraCache, name: str | None, scale: float = 1.0) -> Any:
+    """Latents with a LoRA from the loras."""
+    with loras.use(name, scale):
         return latents(pipe)
 
 
 @pytest.mark.parametrize(("name", "scale"), [("narrow", 1.0), ("wide", 0.7)])
 def test_a_lora_does_what_the_library_does_bit_for_bit(
     pipe: MochiPipeline,
-    shelf: LoraShelf,
+    loras: LoraCache,
     stock: torch.Tensor,
     folder: Path,
     name: str,
     scale: float,
 ) -> None:
-    result = used(pipe, shelf, name, scale)
+    result = used(pipe, loras, name, scale)
     assert torch.equal(result, expected(folder / f"{name}.safetensors", scale))
     assert (result - stock).abs().max() > 0.01
-    assert torch.equal(used(pipe, shelf, name, 0.0), stock)  # adds exactly zero
-    assert not torch.equal(used(pipe, shelf, name, 0.5 * scale), result)
+    assert torch.equal(used(pipe, loras, name, 0.0), stock)  # adds exactly zero
+    assert not torch.equal(used(pipe, loras, name, 0.5 * scale), result)
 
 
-def test_frames_change(pipe: MochiPipeline, shelf: LoraShelf) -> None:
+def test_frames_change(pipe: MochiPipeline, loras: LoraCache) -> None:
     def frames(name: str | None) -> Any:
-        with shelf.use(name):
+        with loras.use(name):
             return pipe(
                 prompt=PROMPT, height=64, width=64, num_frames=7, num_inference_steps=2,
                 guidance_scale=1.0, output_type="np",
@@ -158,20 +158,20 @@ def test_frames_change(pipe: MochiPipeline, shelf: LoraShelf) -> None:
 
 
 def test_none_is_exact_after_any_lora_and_any_end_of_a_run(
-    pipe: MochiPipeline, shelf: LoraShelf, stock: torch.Tensor
+    pipe: MochiPipeline, loras: LoraCache, stock: torch.Tensor
 ) -> None:
     before = weights(pipe)
-    narrow = used(pipe, shelf, "narrow")
+    narrow = used(pipe, loras, "narrow")
     assert wrapped(pipe)
-    assert torch.equal(used(pipe, shelf, None), stock)
-    wide = used(pipe, shelf, "wide")
+    assert torch.equal(used(pipe, loras, None), stock)
+    wide = used(pipe, loras, "wide")
     assert torch.equal(latents(pipe), stock)
-    assert torch.equal(used(pipe, shelf, "narrow"), narrow)
-    with pytest.raises(RuntimeError, match="in mid-run"), shelf.use("wide", 1.0):
+    assert torch.equal(used(pipe, loras, "narrow"), narrow)
+    with pytest.raises(RuntimeError, match="in mid-run"), loras.use("wide", 1.0):
         raise RuntimeError("in mid-run")
     assert torch.equal(latents(pipe), stock)
-    assert torch.equal(used(pipe, shelf, "wide"), wide)
-    shelf.clear()
+    assert torch.equal(used(pipe, loras, "wide"), wide)
+    loras.clear()
     assert not wrapped(pipe)
     assert torch.equal(latents(pipe), stock)
     after = weights(pipe)
@@ -180,51 +180,51 @@ def test_none_is_exact_after_any_lora_and_any_end_of_a_run(
 
 
 def test_the_least_recently_used_lora_makes_room_and_can_come_back(
-    pipe: MochiPipeline, shelf: LoraShelf, stock: torch.Tensor
+    pipe: MochiPipeline, loras: LoraCache, stock: torch.Tensor
 ) -> None:
-    narrow = used(pipe, shelf, "narrow")
+    narrow = used(pipe, loras, "narrow")
     with warnings.catch_warnings(action="error"):  # peft warns if the active adapter is deleted
-        first = shelf.load("narrow"), shelf.load("wide")
+        first = loras.load("narrow"), loras.load("wide")
         assert adapters(pipe) == set(first)
-        assert shelf.load("narrow") == first[0]
-        third = shelf.load("third")
+        assert loras.load("narrow") == first[0]
+        third = loras.load("third")
         assert adapters(pipe) == {first[0], third}
-        again = shelf.load("wide")
+        again = loras.load("wide")
     assert again == first[1]  # names are used again, so compiled blocks stay valid
     assert adapters(pipe) == {third, again}
     assert torch.equal(latents(pipe), stock)
-    assert torch.equal(used(pipe, shelf, "narrow"), narrow)
+    assert torch.equal(used(pipe, loras, "narrow"), narrow)
 
 
 def test_a_replaced_file_is_loaded_anew(pipe: MochiPipeline, folder: Path, tmp_path: Path) -> None:
-    shelf = LoraShelf(pipe, tmp_path)
+    loras = LoraCache(pipe, tmp_path)
     path = tmp_path / "style.safetensors"
     for name in ("narrow", "third"):
         path.write_bytes((folder / f"{name}.safetensors").read_bytes())  # in place, same size
         os.utime(path, ns=(0, len(name)))
-        result = used(pipe, shelf, "style")
+        result = used(pipe, loras, "style")
         assert torch.equal(result, expected(folder / f"{name}.safetensors", 1.0))
         assert len(adapters(pipe)) == 1
     path.write_bytes(b"broken")
-    with pytest.raises(LoraError), shelf.use("style", 1.0):
+    with pytest.raises(LoraError), loras.use("style", 1.0):
         pytest.fail("a broken file was used")
     assert len(adapters(pipe)) == 1
-    shelf.clear()
+    loras.clear()
 
 
 def test_an_overwritten_file_does_not_reach_a_loaded_lora(
     pipe: MochiPipeline, folder: Path, tmp_path: Path
 ) -> None:
-    shelf = LoraShelf(pipe, tmp_path)
+    loras = LoraCache(pipe, tmp_path)
     path = tmp_path / "style.safetensors"
     path.write_bytes((folder / "narrow.safetensors").read_bytes())
-    with shelf.use("style"):
+    with loras.use("style"):
         result = latents(pipe)
         with path.open("r+b") as file:
             file.seek(-100_000 if path.stat().st_size > 100_000 else -1000, os.SEEK_END)
             file.write(b"\x7f" * 1000)
         assert torch.equal(latents(pipe), result)
-    shelf.clear()
+    loras.clear()
 
 
 @pytest.mark.parametrize("form", ["alpha", "older keys", "rslora", "dropout"])
@@ -249,11 +249,11 @@ def test_other_forms_of_the_same_lora(
         write_lora(tmp_path, "form", 0, use_rslora=True)
     else:
         write_lora(tmp_path, "form", 0, lora_dropout=0.5)
-    shelf = LoraShelf(pipe, tmp_path)
-    result = used(pipe, shelf, "form")
-    shelf.clear()
-    assert torch.allclose(result, used(pipe, LoraShelf(pipe, folder), "narrow", factor), atol=1e-4)
-    LoraShelf(pipe, folder).clear()
+    loras = LoraCache(pipe, tmp_path)
+    result = used(pipe, loras, "form")
+    loras.clear()
+    assert torch.allclose(result, used(pipe, LoraCache(pipe, folder), "narrow", factor), atol=1e-4)
+    LoraCache(pipe, folder).clear()
 
 
 Tensors = dict[str, torch.Tensor]
@@ -318,10 +318,10 @@ METADATA: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def refused(pipe: MochiPipeline, shelf: LoraShelf, match: str) -> str:
+def refused(pipe: MochiPipeline, loras: LoraCache, match: str) -> str:
     """The refusal of the LoRA `bad`; what was loaded before is as it was, and nothing else is."""
     layers, held = wrapped(pipe), adapters(pipe)
-    with pytest.raises(LoraError, match=match) as caught, shelf.use("bad", 1.0):
+    with pytest.raises(LoraError, match=match) as caught, loras.use("bad", 1.0):
         pytest.fail("it was used")
     assert wrapped(pipe) == layers
     assert adapters(pipe) == held
@@ -338,7 +338,7 @@ def test_a_file_that_does_not_fit_is_refused(
 ) -> None:
     change, match = REFUSED[kind]
     rewrite(folder / "narrow.safetensors", tmp_path / "bad.safetensors", change)
-    refused(pipe, LoraShelf(pipe, tmp_path), match)
+    refused(pipe, LoraCache(pipe, tmp_path), match)
     assert not wrapped(pipe)
 
 
@@ -350,12 +350,12 @@ def test_a_refusal_leaves_what_was_loaded(
             folder / "narrow.safetensors", tmp_path / f"{name}.safetensors",
             renamed(".lora_", ".base_layer.lora_") if name == "bad" else dict,
         )  # fmt: skip
-    shelf = LoraShelf(pipe, tmp_path)
-    narrow = used(pipe, shelf, "narrow")
-    refused(pipe, shelf, "no such linear layer")
+    loras = LoraCache(pipe, tmp_path)
+    narrow = used(pipe, loras, "narrow")
+    refused(pipe, loras, "no such linear layer")
     assert torch.equal(latents(pipe), stock)
-    assert torch.equal(used(pipe, shelf, "narrow"), narrow)
-    shelf.clear()
+    assert torch.equal(used(pipe, loras, "narrow"), narrow)
+    loras.clear()
 
 
 @pytest.mark.parametrize("kind", ["no bytes", "truncated", "half", "pickle"])
@@ -363,7 +363,7 @@ def test_a_broken_file_is_refused(
     pipe: MochiPipeline, folder: Path, tmp_path: Path, kind: str
 ) -> None:
     (tmp_path / "bad.safetensors").write_bytes(raw(folder, kind))
-    refused(pipe, LoraShelf(pipe, tmp_path), "not a whole safetensors file")
+    refused(pipe, LoraCache(pipe, tmp_path), "not a whole safetensors file")
 
 
 @pytest.mark.parametrize("kind", METADATA)
@@ -379,7 +379,7 @@ def test_metadata_that_would_change_the_model_is_refused(
         {"lora_adapter_metadata": json.dumps(record)},
     )  # fmt: skip
     before = weights(pipe)
-    refused(pipe, LoraShelf(pipe, tmp_path), match)
+    refused(pipe, LoraCache(pipe, tmp_path), match)
     assert all(torch.equal(weight, before[name]) for name, weight in weights(pipe).items())
 
 
@@ -391,16 +391,16 @@ def test_unreadable_metadata_is_refused(
         folder / "narrow.safetensors", tmp_path / "bad.safetensors", lambda tensors: tensors,
         {"lora_adapter_metadata": text},
     )  # fmt: skip
-    refused(pipe, LoraShelf(pipe, tmp_path), "metadata is not")
+    refused(pipe, LoraCache(pipe, tmp_path), "metadata is not")
 
 
-@pytest.mark.parametrize("held", [[], ["narrow"]], ids=["empty shelf", "one held"])
+@pytest.mark.parametrize("held", [[], ["narrow"]], ids=["empty cache", "one held"])
 def test_a_loader_that_fails_half_way_leaves_nothing(
     pipe: MochiPipeline, folder: Path, stock: torch.Tensor, monkeypatch: pytest.MonkeyPatch,
     held: list[str],
 ) -> None:  # fmt: skip
-    shelf = LoraShelf(pipe, folder)
-    results = [used(pipe, shelf, name) for name in held]
+    loras = LoraCache(pipe, folder)
+    results = [used(pipe, loras, name) for name in held]
     before = adapters(pipe)
 
     def fail(*given: Any, **more: Any) -> None:
@@ -410,13 +410,13 @@ def test_a_loader_that_fails_half_way_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr("peft.set_peft_model_state_dict", fail)
         with pytest.raises(torch.OutOfMemoryError, match="no memory"):
-            shelf.load("wide")
+            loras.load("wide")
     assert adapters(pipe) == before
     assert bool(wrapped(pipe)) == bool(held)
     assert torch.equal(latents(pipe), stock)
     for name, result in zip(held, results, strict=True):
-        assert torch.equal(used(pipe, shelf, name), result)
-    shelf.clear()
+        assert torch.equal(used(pipe, loras, name), result)
+    loras.clear()
 
 
 def test_weights_take_the_type_of_the_transformer(folder: Path) -> None:
@@ -424,7 +424,7 @@ def test_weights_take_the_type_of_the_transformer(folder: Path) -> None:
     frequencies = pipe.transformer.pos_frequencies.data
     pipe.transformer.to(torch.bfloat16)
     pipe.transformer.pos_frequencies.data = frequencies  # in float32, as when the engine loads it
-    LoraShelf(pipe, folder).load("wide")
+    LoraCache(pipe, folder).load("wide")
     types = {
         weight.dtype
         for name, weight in pipe.transformer.named_parameters()
@@ -433,13 +433,13 @@ def test_weights_take_the_type_of_the_transformer(folder: Path) -> None:
     assert types == {torch.bfloat16}
 
 
-def test_a_shelf_without_a_folder_runs_without_loras(pipe: MochiPipeline) -> None:
-    with LoraShelf(pipe, None).use(None, 1.0):
+def test_a_cache_without_a_folder_runs_without_loras(pipe: MochiPipeline) -> None:
+    with LoraCache(pipe, None).use(None, 1.0):
         assert not wrapped(pipe)
     with pytest.raises(LoraError, match=r"'x': expected one of: \(there are none\)"):
-        LoraShelf(pipe, None).load("x")
+        LoraCache(pipe, None).load("x")
     with pytest.raises(ValueError, match="keep 0"):
-        LoraShelf(pipe, None, keep=0)
+        LoraCache(pipe, None, keep=0)
 
 
 def test_names_are_those_of_safe_files_in_the_folder(tmp_path: Path) -> None:
@@ -479,17 +479,17 @@ def all_runs(folder: Path, ranks: Ranks) -> list[torch.Tensor]:
     """Latents of every run, on a mesh that fits its guidance, then of one on the bare layers."""
     torch.set_num_threads(1)
     pipe = open_tiny()
-    shelf = LoraShelf(pipe, folder, keep=2)
+    loras = LoraCache(pipe, folder, keep=2)
     mesh: dict[float, Any] = {g: ranks.mesh(ranks.shape_for(g > 1, 12)) for g in (3.0, 1.0)}
     handle, guided = parallelize(pipe.transformer, mesh[1.0]), 1.0
     results = []
     for name, scale, guidance in RUNS:
-        with shelf.use(name, scale):
+        with loras.use(name, scale):
             if guidance != guided:
                 handle.remove()
                 handle, guided = parallelize(pipe.transformer, mesh[guidance]), guidance
             results.append(latents(pipe, guidance, SIDE))
-    shelf.clear()
+    loras.clear()
     results.append(latents(pipe, guided, SIDE))
     handle.remove()
     assert not any(

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as AttentionRegistry
 
-from mochi_app.engine.group import PATIENCE, Ranks
+from mochi_app.engine.group import GROUP_TIMEOUT, Ranks
 from mochi_app.engine.parallel import (
     LayoutError,
     check_heads,
@@ -126,8 +126,8 @@ def test_shares_are_consecutive_and_differ_by_one_at_most() -> None:
 def test_no_rank_gives_up_on_a_slow_peer_before_the_slot_does(
     shape: tuple[int, int], together: Together
 ) -> None:
-    for timeouts in together(shape, "patience"):
-        assert timeouts == {("cfg", "cpu"): PATIENCE, ("sp", "cpu"): PATIENCE}
+    for timeouts in together(shape, "group_timeouts"):
+        assert timeouts == {("cfg", "cpu"): GROUP_TIMEOUT, ("sp", "cpu"): GROUP_TIMEOUT}
 
 
 @pytest.mark.parametrize("shape", LAYOUTS, ids=name_of)

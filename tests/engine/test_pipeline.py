@@ -18,7 +18,7 @@ from diffusers import FirstBlockCacheConfig, MochiPipeline
 from PIL import Image
 
 from mochi_app.engine import pipeline, previews, start
-from mochi_app.engine.gpu_memory import Room
+from mochi_app.engine.gpu_memory import MemoryBudget
 from mochi_app.engine.group import Ranks
 from mochi_app.engine.loading import LoadError, Precision
 from mochi_app.engine.pipeline import Engine, Result, TooLarge
@@ -266,11 +266,11 @@ class OneOfTwo(Ranks):
 def test_what_does_not_fit_is_refused_before_any_work(
     pipe: MochiPipeline, monkeypatch: pytest.MonkeyPatch, problem: str, ranks: Ranks, told: str
 ) -> None:
-    room = Room(CONFIG, Precision.choose(CONFIG, torch.device("cpu")), 1)
-    monkeypatch.setattr(Room, "problem", lambda self, *size: problem)
+    budget = MemoryBudget(CONFIG, Precision.choose(CONFIG, torch.device("cpu")), 1)
+    monkeypatch.setattr(MemoryBudget, "problem", lambda self, *size: problem)
     events: list[Message] = []
     with pytest.raises(TooLarge, match=told) as caught:
-        Engine(pipe, ranks=ranks, room=room).run(REQUEST, events.append, never)
+        Engine(pipe, ranks=ranks, budget=budget).run(REQUEST, events.append, never)
     assert caught.value.settled
     assert not events
 

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from mochi_app.engine import rank
-from mochi_app.engine.checkpoint import Trail, of_request
+from mochi_app.engine.checkpoint import CheckpointWriter, of_request
 from mochi_app.messages import Configure, Done, Latent, Message, Resumed, Run, Stage, Step, encode
 
 Emit = Callable[[Message], None]
@@ -60,8 +60,8 @@ class FakeEngine:
         emit(Stage(job_id=request.job_id, stage="denoise"))
         pause = pause_of(request.prompt)
         began = time.perf_counter()
-        trail = trail_of(request)
-        kept = trail.resume((1,)) if trail else None
+        checkpoints = checkpoints_of(request)
+        kept = checkpoints.resume((1,)) if checkpoints else None
         first = kept.step if kept else 0
         if first:
             emit(Resumed(job_id=request.job_id, step=first))
@@ -74,8 +74,8 @@ class FakeEngine:
                 babble(request, self.epoch)
             kill_at(request.prompt, step, step - first)
             time.sleep(pause)
-            if trail:
-                trail.settle()
+            if checkpoints:
+                checkpoints.settle()
             emit(
                 Step(
                     job_id=request.job_id,
@@ -89,8 +89,8 @@ class FakeEngine:
             ):  # as often as the model's, when slow
                 image = "data:image/webp;base64," + f"{step:04d}" * 1000
                 emit(Latent(job_id=request.job_id, step=step, image=image))
-            if trail and trail.due(step) and step < request.num_inference_steps:
-                trail.keep(step, np.array([step], np.float32))
+            if checkpoints and checkpoints.due(step) and step < request.num_inference_steps:
+                checkpoints.keep(step, np.array([step], np.float32))
         emit(Stage(job_id=request.job_id, stage="decode"))
         shape = (request.num_frames, request.height, request.width, 3)
         frames = np.random.default_rng(request.seed).integers(0, 255, shape, dtype=np.uint8)
@@ -106,11 +106,11 @@ class FakeEngine:
         )
 
 
-def trail_of(request: Run) -> Trail | None:
+def checkpoints_of(request: Run) -> CheckpointWriter | None:
     """Real checkpoints of the faked run."""
     if not request.checkpoint or not request.checkpoint_steps:
         return None
-    return Trail(Path(request.checkpoint), request.checkpoint_steps, of_request(request))
+    return CheckpointWriter(Path(request.checkpoint), request.checkpoint_steps, of_request(request))
 
 
 def pause_of(prompt: str) -> float:

@@ -15,7 +15,7 @@ import pytest
 
 from mochi_app import child_process, messages
 from mochi_app.messages import JobEvent
-from mochi_app.setting_types import Patience
+from mochi_app.setting_types import Timeouts
 from mochi_app.slots import rank_process
 from mochi_app.slots import slot as slot_module
 from mochi_app.slots.job_run import JobCancelled, JobFailed
@@ -157,11 +157,11 @@ async def test_a_run_can_have_a_deadline_of_its_own(make_slot: MakeSlot) -> None
     slot = make_slot(step_timeout=60)
     await slot.start()
     with pytest.raises(SlotDied, match=r"no progress within 0\.4 seconds"):
-        await slot.run(request("hang"), ignore, Patience(step=0.4, cancel=60))
+        await slot.run(request("hang"), ignore, Timeouts(step=0.4, cancel=60))
     await slot.died()
     await slot.start()
     events: list[JobEvent] = []
-    work = slot.run(request("hang"), events.append, Patience(step=60, cancel=0.3))
+    work = slot.run(request("hang"), events.append, Timeouts(step=60, cancel=0.3))
     run = asyncio.create_task(work)
     await eventually(lambda: any(isinstance(event, messages.Step) for event in events))
     slot.cancel("job")

@@ -132,7 +132,7 @@ def test_no_path_is_made_of_a_malformed_job_id(store: MediaStore, job_id: Any) -
 
 def test_removing_is_for_good_and_may_be_repeated(store: MediaStore) -> None:
     kept, gone = finished(store), finished(store)
-    (store.withheld / f"{gone}.mp4").write_bytes(b"withheld")
+    (store.trash / f"{gone}.mp4").write_bytes(b"video")
     for _ in range(2):
         store.remove(gone)
     assert store.video_path(gone) is None
@@ -153,36 +153,36 @@ def test_videos_are_counted_at_start(store: MediaStore) -> None:
 
 
 def test_a_sweep_removes_what_is_half_done_and_nothing_else(store: MediaStore) -> None:
-    job_id, withheld = finished(store), finished(store)
+    job_id, trashed = finished(store), finished(store)
     produce(store, IDS.draw(), slot=1)
     (store.scratch(2) / "deep").mkdir()
     (store.data_dir / "scratch" / "2" / "deep" / "tmp-x.mp4").write_bytes(b"x")
     (store.data_dir / "scratch" / "stray").write_bytes(b"x")
     (store.videos / "tmp-y.mp4").write_bytes(b"x")
-    store.withhold(withheld)
+    store.move_to_trash(trashed)
     (store.videos / "README.txt").write_text("somebody's own")
     assert store.sweep() == Swept(scratch=4, temporary=1)
     assert store.sweep() == Swept(scratch=0, temporary=0)
     assert store.video_path(job_id) is not None
     assert store.poster_path(job_id) is not None
-    assert store.poster_path(withheld) is not None
+    assert store.poster_path(trashed) is not None
     assert (store.videos / "README.txt").exists()
 
 
-def test_a_withheld_video_is_not_served_and_comes_back_whole(store: MediaStore) -> None:
+def test_a_video_in_the_trash_is_not_served_and_comes_back_whole(store: MediaStore) -> None:
     job_id = finished(store, 20)
-    store.withhold(job_id)
-    store.withhold(job_id)
+    store.move_to_trash(job_id)
+    store.move_to_trash(job_id)
     assert store.video_path(job_id) is None
     assert store.job_ids() == []
     assert store.total_bytes() == MediaStore(store.data_dir).total_bytes() == 20
-    store.unwithhold(job_id)
+    store.take_from_trash(job_id)
     path = store.video_path(job_id)
     assert path is not None
     assert path.stat().st_size == 20
-    store.withhold(job_id)
+    store.move_to_trash(job_id)
     store.remove(job_id)
-    assert not list(store.withheld.iterdir())
+    assert not list(store.trash.iterdir())
     assert store.total_bytes() == 0
 
 
@@ -214,11 +214,11 @@ def test_a_video_that_others_removed_is_noticed_and_counts_no_more(store: MediaS
     assert store.total_bytes() == 10
 
 
-def test_strays_are_named(store: MediaStore) -> None:
+def test_orphans_are_named(store: MediaStore) -> None:
     job_id = finished(store)
     (store.videos / "notes.txt").touch()
     (store.posters / "notes.txt").touch()
-    assert store.strays() == ["notes.txt"]
+    assert store.orphans() == ["notes.txt"]
     assert store.poster_ids() == [job_id]
 
 

@@ -124,7 +124,7 @@ async def test_the_quota_makes_room_before_a_video_lands(
     studio = await make_studio()
     first = await ended(studio, await studio.submit(prompt="p", seed=1))
     each = studio.media.size(first.id)
-    studio.shelf.quota_bytes = 2 * each + each // 2
+    studio.retention.quota_bytes = 2 * each + each // 2
     most: list[int] = []
     finalise = MediaStore.finalise
 
@@ -137,7 +137,7 @@ async def test_the_quota_makes_room_before_a_video_lands(
     jobs: list[Job] = [
         await ended(studio, await studio.submit(prompt="p", seed=1)) for _ in range(3)
     ]
-    assert max(most) <= studio.shelf.quota_bytes
+    assert max(most) <= studio.retention.quota_bytes
     assert [studio.status(job.id)["video_url"] is not None for job in [first, *jobs]] == [
         *(False, False),
         *(True, True),
@@ -158,10 +158,10 @@ async def test_health_tells_of_a_full_disk_and_a_full_quota_while_nothing_waits(
     job = await ended(studio, await studio.submit(prompt="p"))
     assert studio.health()["ok"]
     monkeypatch.setattr(studio.media, "free_bytes", lambda: 0)
-    await studio.room.look()
+    await studio.disk.look()
     assert "0 MiB free" in studio.health()["reasons"][0]
     monkeypatch.undo()
-    await studio.room.look()
+    await studio.disk.look()
     await studio.star(job.id)
-    studio.shelf.quota_bytes = 1
+    studio.retention.quota_bytes = 1
     assert studio.health()["reasons"] == ["the quota is full of starred videos"]

@@ -61,7 +61,7 @@ async def test_a_finished_video_waits_and_is_filed_once(
 async def test_one_file_that_is_refused_for_long_does_not_hold_the_others(
     make_studio: MakeStudio, disk: Refusing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(filing, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(filing, "FILING_SECONDS", 0.5)
     studio = await make_studio()
     job = await ended(studio, await studio.submit(prompt="p"))
     assert (job.status, job.error) == (

@@ -123,7 +123,7 @@ async def test_what_ends_while_others_are_mended_is_left_alone(
         return await update(job_id, change)
 
     monkeypatch.setattr(studio.history, "update", meanwhile)
-    await studio._mender.mend()
+    await studio._recovery.repair()
     assert [studio.find(job.id).status.value for job in jobs] == ["PENDING", "COMPLETED"]
 
 
@@ -145,7 +145,7 @@ async def test_start_mends_what_a_crash_left_between_record_and_file(
     restored, evicted = [
         await ended(studio, await studio.submit(prompt="p", seed=seed)) for seed in range(2)
     ]
-    studio.media.withhold(restored.id)
+    studio.media.move_to_trash(restored.id)
     await studio.history.update(evicted.id, lambda job: replace(job, evicted_at=1.0))
     await close_studio(studio)
     again = await make_studio(turns=False)

@@ -125,7 +125,7 @@ async def test_trash_hides_restores_and_empties(make_studio: MakeStudio) -> None
     assert studio.media.video_path(job.id) is not None
     assert studio.list_jobs()["total"] == 1
     await studio.delete(job.id)
-    assert await studio.shelf.empty_trash(older_than_hours=1) == 0
+    assert await studio.retention.empty_trash(older_than_hours=1) == 0
     assert await studio.empty_trash() == 1
     assert studio.history.get(job.id) is None
     with pytest.raises(NotFound, match="trash"):
@@ -195,8 +195,8 @@ async def test_the_quota_evicts_the_oldest_unstarred_video_and_keeps_its_record(
     jobs = [await ended(studio, await studio.submit(prompt="p", seed=i)) for i in range(3)]
     await studio.star(jobs[0].id)
     two = studio.media.size(jobs[0].id) + studio.media.size(jobs[2].id) + 1
-    studio.shelf.quota_bytes = two
-    await studio.shelf.enforce_quota()
+    studio.retention.quota_bytes = two
+    await studio.retention.enforce_quota()
     there = [studio.media.video_path(job.id) is not None for job in jobs]
     assert there == [True, False, True]
     evicted = studio.status(jobs[1].id)
@@ -217,7 +217,7 @@ async def test_a_quota_that_cannot_be_kept_hurts_neither_job_nor_slot(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(studio.media, "remove_video", refuse)
-    studio.shelf.quota_bytes = video_bytes(job)
+    studio.retention.quota_bytes = video_bytes(job)
     after = await ended(studio, await studio.submit(prompt="p", seed=1))
     assert after.status is JobStatus.COMPLETED
     assert studio.pool.slots[0].slot.pids == pids
@@ -227,7 +227,7 @@ async def test_a_quota_full_of_stars_refuses_new_jobs(make_studio: MakeStudio) -
     studio = await make_studio()
     job = await ended(studio, await studio.submit(prompt="p"))
     await studio.star(job.id)
-    studio.shelf.quota_bytes = video_bytes(job)
+    studio.retention.quota_bytes = video_bytes(job)
     with pytest.raises(RequestError, match="starred"):
         await studio.submit(prompt="p")
     await studio.star(job.id, False)
@@ -242,7 +242,7 @@ async def test_a_small_unstarred_video_is_not_room_for_a_large_one(
     await studio.star(starred.id)
     studio.media.videos.joinpath(f"{small.id}.mp4").write_bytes(b"x")
     assert studio.media.video_path(small.id) is not None
-    studio.shelf.quota_bytes = studio.media.total_bytes()
+    studio.retention.quota_bytes = studio.media.total_bytes()
     with pytest.raises(RequestError, match="starred"):
         await studio.submit(prompt="p")
     assert studio.status(small.id)["evicted_at"] is None
@@ -267,8 +267,8 @@ async def test_a_file_that_stays_does_not_keep_the_others(
         monkeypatch.setattr(studio.media, name, refuse)
     assert await studio.empty_trash() == 1
     assert [job.id for job in studio.history.trashed()] == [jobs[0].id]
-    studio.shelf.quota_bytes = 1
-    await studio.shelf.enforce_quota()
+    studio.retention.quota_bytes = 1
+    await studio.retention.enforce_quota()
     kept, gone = studio.status(jobs[2].id), studio.status(jobs[3].id)
     assert kept["evicted_at"] is None
     assert gone["evicted_at"] is not None
@@ -278,7 +278,7 @@ async def test_a_quota_that_the_trash_fills_refuses_nothing(make_studio: MakeStu
     studio = await make_studio()
     jobs = [await ended(studio, await studio.submit(prompt="p", seed=i)) for i in range(2)]
     await studio.star(jobs[0].id)
-    studio.shelf.quota_bytes = studio.media.total_bytes()
+    studio.retention.quota_bytes = studio.media.total_bytes()
     await studio.delete(jobs[1].id)
     assert studio.health()["ok"]
     assert (await ended(studio, await studio.submit(prompt="p"))).status is JobStatus.COMPLETED
@@ -292,11 +292,11 @@ async def test_the_trash_outlives_a_clock_that_is_set_forward_and_back(
     before = await made(studio)
     await studio.delete(before.id)
     clock.ahead = DAY
-    assert await studio.shelf.empty_trash(older_than_hours=24) == 0
+    assert await studio.retention.empty_trash(older_than_hours=24) == 0
     meanwhile = await made(studio)
     await studio.delete(meanwhile.id)
     clock.ahead = 0
-    assert await studio.shelf.empty_trash(older_than_hours=24) == 0
+    assert await studio.retention.empty_trash(older_than_hours=24) == 0
     await studio.restore(before.id)
     assert studio.media.video_path(before.id) is not None
 
@@ -311,7 +311,7 @@ async def test_the_trash_outlives_a_restart_with_a_wrong_clock(
         await close_studio(studio)
         clock.ahead = ahead
         studio = await make_studio()
-        assert await studio.shelf.empty_trash(older_than_hours=24) == 0
+        assert await studio.retention.empty_trash(older_than_hours=24) == 0
     await studio.restore(job.id)
 
 
@@ -331,12 +331,12 @@ async def test_what_was_long_in_the_trash_goes_whatever_the_clock_says(
     for hours in (10, 10, 3):  # of three servers
         ahead = hours
         studio.history._store._clock = monotonic
-        assert await studio.shelf.empty_trash(older_than_hours=24) == 0
+        assert await studio.retention.empty_trash(older_than_hours=24) == 0
         await close_studio(studio)
         studio = await make_studio()
     assert studio.history.uptime >= 23 * 3600
     studio.history._store._clock = lambda: time.monotonic() + 3700
-    await studio.shelf.empty_trash(older_than_hours=24)  # unless the janitor was first
+    await studio.retention.empty_trash(older_than_hours=24)  # unless the janitor was first
     assert studio.history.get(job.id) is None
 
 
@@ -348,6 +348,6 @@ async def test_what_an_earlier_version_put_into_the_trash_begins_to_count_now(
     await studio.delete(job.id)
     await studio.history.update(job.id, lambda job: replace(job, deleted_uptime=None))
     await studio.history.update(job.id, lambda job: replace(job, deleted_at=1.0))
-    assert await studio.shelf.empty_trash(older_than_hours=1) == 0
+    assert await studio.retention.empty_trash(older_than_hours=1) == 0
     studio.history._store._clock = lambda: time.monotonic() + 3700
-    assert await studio.shelf.empty_trash(older_than_hours=1) == 1
+    assert await studio.retention.empty_trash(older_than_hours=1) == 1

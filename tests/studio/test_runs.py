@@ -210,5 +210,5 @@ async def test_a_job_that_a_slot_died_of_has_the_time_of_a_machine_not_measured(
     studio = await make_studio(step_timeout=60)
     job = await ended(studio, await studio.submit(prompt="p"))
     studio.live.speeds = Speeds(denoise=1e-12, other=0)  # whatever this machine is busy with
-    assert studio._runs._patience(job).step == pytest.approx(20)
-    assert studio._runs._patience(replace(job, deaths=["at step 3"])).step == 60
+    assert studio._runs._timeouts(job).step == pytest.approx(20)
+    assert studio._runs._timeouts(replace(job, deaths=["at step 3"])).step == 60

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from mochi_app.jobs import Job
-from mochi_app.setting_types import Patience
-from mochi_app.studio.scheduling import PATIENCE, Speeds, next_job, patience, places
+from mochi_app.setting_types import Timeouts
+from mochi_app.studio.scheduling import RUN_TIMES, Speeds, next_job, places, timeouts_for
 from tests.plain_jobs import job, one_second_a_step
 
 
@@ -36,7 +36,7 @@ def test_a_preview_passes_a_long_job_that_came_before() -> None:
 
 
 def test_a_long_job_is_not_passed_for_ever() -> None:
-    late = PATIENCE * (64 - 8) + 1
+    late = RUN_TIMES * (64 - 8) + 1
     assert order([job("long", at=0, steps=64), job("short", at=late)]) == ["long", "short"]
 
 
@@ -102,24 +102,24 @@ def test_a_job_without_measurements_teaches_nothing() -> None:
 
 
 def test_deadlines_grow_with_the_video_until_something_is_measured() -> None:
-    timeouts, usual = Patience(step=300, cancel=30), 64 * 64 * 7
-    assert patience(job("usual"), Speeds(), timeouts, usual) == timeouts
+    timeouts, usual = Timeouts(step=300, cancel=30), 64 * 64 * 7
+    assert timeouts_for(job("usual"), Speeds(), timeouts, usual) == timeouts
     small = replace(job("small"), num_frames=1)
-    assert patience(small, Speeds(), timeouts, usual) == timeouts
+    assert timeouts_for(small, Speeds(), timeouts, usual) == timeouts
     large = replace(job("large"), height=128, width=192)
-    assert patience(large, Speeds(), timeouts, usual) == Patience(1800, 180)
+    assert timeouts_for(large, Speeds(), timeouts, usual) == Timeouts(1800, 180)
 
 
 def test_deadlines_follow_what_was_measured() -> None:
-    timeouts, usual = Patience(step=300, cancel=30), 64 * 64 * 7
+    timeouts, usual = Timeouts(step=300, cancel=30), 64 * 64 * 7
     slow, fast = Speeds(), Speeds()
     slow.observe(measured(8, 4.5, {"denoise": 8 * 60, "decode": 20}))
     fast.observe(measured(8, 4.5, {"denoise": 8 * 0.01, "decode": 0.5}))
-    assert patience(job("a"), fast, timeouts, usual) == Patience(100, 30)
-    found = patience(job("a"), slow, timeouts, usual)
+    assert timeouts_for(job("a"), fast, timeouts, usual) == Timeouts(100, 30)
+    found = timeouts_for(job("a"), slow, timeouts, usual)
     assert (found.step, found.cancel) == pytest.approx((600, 180))
     decoding = Speeds()
     decoding.observe(measured(8, 4.5, {"denoise": 8, "decode": 90}))
-    assert patience(job("a"), decoding, timeouts, usual).step == pytest.approx(900)
-    without_pair = patience(job("a", guidance_scale=1.0), slow, timeouts, usual)
+    assert timeouts_for(job("a"), decoding, timeouts, usual).step == pytest.approx(900)
+    without_pair = timeouts_for(job("a", guidance_scale=1.0), slow, timeouts, usual)
     assert without_pair.step == pytest.approx(300)

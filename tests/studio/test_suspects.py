@@ -267,7 +267,7 @@ async def test_a_run_that_could_not_be_written_down_is_no_death(make_studio: Mak
     await died_with(studio, job)
     studio = await make_studio(turns=False)
     await studio.history.update(job.id, lambda job: job.moved(JobStatus.PROCESSING))
-    await studio._mender.mend()
+    await studio._recovery.repair()
     assert studio.find(job.id).server_deaths == 1
 
 

@@ -18,8 +18,8 @@ from mochi_app.accounts import Account, Accounts
 from mochi_app.callers import Caller
 from mochi_app.settings import Settings, SettingsError, load_settings
 from mochi_app.studio.studio import Studio
-from mochi_app.web import auth as doors
-from mochi_app.web.auth import Doors
+from mochi_app.web import auth
+from mochi_app.web.auth import Auth
 from mochi_app.web.tickets import SECRET_HEADER
 from tests.asgi import Web, asking, call
 from tests.conftest import eventually
@@ -30,15 +30,15 @@ MakeStudio = Callable[..., Awaitable[Studio]]
 
 # Cookies, tokens, tickets
 def test_the_key_is_made_once_for_its_owner_only(tmp_path: Path) -> None:
-    key = doors.load_key(tmp_path)
+    key = auth.load_key(tmp_path)
     path = tmp_path / "secret.key"
     assert (len(key), path.stat().st_mode & 0o777) == (32, 0o600)
     path.chmod(0o644)
-    assert doors.load_key(tmp_path) == key
+    assert auth.load_key(tmp_path) == key
     assert path.stat().st_mode & 0o777 == 0o600
     path.write_bytes(b"short")
     with pytest.raises(SettingsError, match="got 5 bytes, expected 32"):
-        doors.load_key(tmp_path)
+        auth.load_key(tmp_path)
 
 
 def settings_in(folder: Path, **overrides: Any) -> Settings:
@@ -52,7 +52,7 @@ def coming(path: str = "/events", **headers: str) -> HTTPConnection:
     return HTTPConnection({"type": "http", "path": path, "headers": raw})
 
 
-def cookie_of(door: Doors, account: Account) -> str:
+def cookie_of(door: Auth, account: Account) -> str:
     """What a browser sends after this login."""
     response = PlainTextResponse()
     door.remember(response, coming(), account)
@@ -60,7 +60,7 @@ def cookie_of(door: Doors, account: Account) -> str:
 
 
 def test_a_login_lasts_until_password_or_account_change(tmp_path: Path, auth_file: Path) -> None:
-    door = Doors(settings_in(tmp_path / "data", auth_file=auth_file), "ticket")
+    door = Auth(settings_in(tmp_path / "data", auth_file=auth_file), "ticket")
     ann = Accounts(auth_file).find("ann")
     assert ann is not None
     cookie = cookie_of(door, ann)
@@ -78,7 +78,7 @@ async def test_a_logout_ends_one_login_wherever_its_cookie_was_copied(
     tmp_path: Path, auth_file: Path
 ) -> None:
     settings = settings_in(tmp_path / "data", auth_file=auth_file)
-    door = Doors(settings, "ticket")
+    door = Auth(settings, "ticket")
     known = Accounts(auth_file)
     ann, ada = known.find("ann"), known.find("ada")
     assert ann is not None
@@ -88,7 +88,7 @@ async def test_a_logout_ends_one_login_wherever_its_cookie_was_copied(
         await door.log_out(coming(cookie=here))
     await door.log_out(coming(cookie=f"{door.login_cookie}=forged"))
     await door.log_out(coming())
-    for asked in (door, Doors(settings, "after a restart")):
+    for asked in (door, Auth(settings, "after a restart")):
         assert asked.caller(coming(cookie=here)) is None
         assert asked.caller(coming(cookie=there)) == Caller("ann")
         assert asked.caller(coming(cookie=other)) == Caller("ada", admin=True)
@@ -100,7 +100,7 @@ async def test_a_logout_counts_whatever_the_clock_says(
 ) -> None:
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
-    door = Doors(settings_in(tmp_path / "data", auth_file=auth_file), "ticket")
+    door = Auth(settings_in(tmp_path / "data", auth_file=auth_file), "ticket")
     ann = Accounts(auth_file).find("ann")
     assert ann is not None
     cookie = cookie_of(door, ann)
@@ -115,7 +115,7 @@ def test_a_login_is_as_old_as_the_clock_says_either_way(
 ) -> None:
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
-    door = Doors(settings_in(tmp_path / "data", auth_file=auth_file), "ticket")
+    door = Auth(settings_in(tmp_path / "data", auth_file=auth_file), "ticket")
     ann = Accounts(auth_file).find("ann")
     assert ann is not None
     cookie = cookie_of(door, ann)
@@ -130,7 +130,7 @@ def test_a_browser_keeps_its_name_whatever_the_clock_says(
 ) -> None:
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
-    door = Doors(settings_in(tmp_path / "data"), "ticket")
+    door = Auth(settings_in(tmp_path / "data"), "ticket")
     cookie = door.welcome(coming()).split(";")[0]
     caller = door.caller(coming(cookie=cookie))
     began = now
@@ -141,8 +141,8 @@ def test_a_browser_keeps_its_name_whatever_the_clock_says(
 
 
 def test_no_other_cookie_logs_in(tmp_path: Path, auth_file: Path) -> None:
-    door = Doors(settings_in(tmp_path / "data", auth_file=auth_file), "ticket")
-    other = Doors(settings_in(tmp_path / "other", auth_file=auth_file), "ticket")
+    door = Auth(settings_in(tmp_path / "data", auth_file=auth_file), "ticket")
+    other = Auth(settings_in(tmp_path / "other", auth_file=auth_file), "ticket")
     ada = Accounts(auth_file).find("ada")
     assert ada is not None
     good = cookie_of(door, ada).split("=", 1)[1]
@@ -157,7 +157,7 @@ def test_no_other_cookie_logs_in(tmp_path: Path, auth_file: Path) -> None:
 
 
 def test_an_open_door_knows_browsers_by_a_signed_cookie(tmp_path: Path) -> None:
-    door = Doors(settings_in(tmp_path / "data"), "ticket")
+    door = Auth(settings_in(tmp_path / "data"), "ticket")
     first = door.welcome(coming())
     assert "HttpOnly" in first
     assert "SameSite=lax" in first
@@ -176,7 +176,7 @@ def test_the_token_is_an_admins_and_the_secret_a_tickets_only(
     tmp_path: Path, auth_file: Path
 ) -> None:
     settings = settings_in(tmp_path / "data", auth_file=auth_file, api_token=TOKEN)
-    door = Doors(settings, "ticket")
+    door = Auth(settings, "ticket")
     assert door.caller(coming(**BEARER)) == Caller("api", admin=True)
     for right in (f"bearer {TOKEN}", f"BEARER  {TOKEN}", f"bEaReR \t{TOKEN}  "):
         assert door.caller(coming(authorization=right)) == Caller("api", admin=True), right

@@ -174,7 +174,7 @@ async def test_guessing_is_slowed_down_and_long_names_are_no_trouble(
 # A real server, for Gradio's client
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("doors")
+    folder = tmp_path_factory.mktemp("login")
     people = [Account("ann", cheap("ann's password")), Account("bob", cheap("bob's password"))]
     (folder / "accounts").write_text("".join(f"{person}\n" for person in people))
     program = ("-m", "tests.faults.server", "ok")

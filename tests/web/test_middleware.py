@@ -11,7 +11,7 @@ import pytest
 from starlette.datastructures import Headers
 from starlette.types import Message, Scope
 
-from mochi_app.web import middleware as guards
+from mochi_app.web import middleware
 from tests.asgi import Web, asking, echo
 
 
@@ -63,7 +63,7 @@ from tests.asgi import Web, asking, echo
 async def test_only_our_own_page_and_friends_call(
     method: str, path: str, headers: dict[str, str], passes: bool
 ) -> None:
-    guard = guards.OwnOrigin(echo, ("https://friend.example",), "https://public.example/mochi")
+    guard = middleware.OwnOrigin(echo, ("https://friend.example",), "https://public.example/mochi")
     async with asking(guard) as client:
         answer = await client.request(method, path, headers=headers)
     assert answer.status_code == (200 if passes else 403)
@@ -71,7 +71,7 @@ async def test_only_our_own_page_and_friends_call(
 
 async def test_a_page_behind_a_proxy_without_host_is_told_what_to_pass_on() -> None:
     page = {"origin": "http://gpubox:8882", "host": "127.0.0.1:7860"}
-    async with asking(guards.OwnOrigin(echo)) as client:
+    async with asking(middleware.OwnOrigin(echo)) as client:
         told = (await client.post("/", headers=page)).json()["detail"]
         form = await client.post("/login", headers=page | {"accept": "text/html,*/*;q=0.8"})
     for part in ("http://gpubox:8882", "127.0.0.1:7860", "Host header", "docs/operations.md"):
@@ -84,7 +84,7 @@ async def test_a_page_behind_a_proxy_without_host_is_told_what_to_pass_on() -> N
 
 async def test_what_a_refusal_repeats_is_text() -> None:
     marked = {"origin": "http://<script>alert(1)</script>", "accept": "text/html"}
-    async with asking(guards.OwnOrigin(echo)) as client:
+    async with asking(middleware.OwnOrigin(echo)) as client:
         answer = await client.post("/login", headers=marked)
     assert "<script" not in answer.text
 
@@ -95,8 +95,8 @@ FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
 @pytest.mark.parametrize(
     ("body", "kind", "status"),
     [
-        (b"x" * guards.MAX_BODY_BYTES, "text/plain", 200),
-        (b"x" * (guards.MAX_BODY_BYTES + 1), "text/plain", 413),
+        (b"x" * middleware.MAX_BODY_BYTES, "text/plain", 200),
+        (b"x" * (middleware.MAX_BODY_BYTES + 1), "text/plain", 413),
         (b"[" * 100_000, "application/json", 400),
         (json.dumps({"data": [{"deep": [FILE]}]}).encode(), "application/json", 422),
         (json.dumps(FILE).replace("gradio", "\\u0067radio").encode(), "text/plain", 422),
@@ -114,7 +114,7 @@ async def test_what_no_caller_needs_to_send_is_refused(
         for begin in range(0, len(body), 60_000):
             yield body[begin : begin + 60_000]
 
-    async with asking(guards.BoundedBody(echo)) as client:
+    async with asking(middleware.BoundedBody(echo)) as client:
         content: Any = chunks() if chunked else body
         answer = await client.post("/", content=content, headers={"content-type": kind})
     assert answer.status_code == status
@@ -143,7 +143,7 @@ async def test_the_app_reads_no_call_that_refers_to_a_file(web: Web) -> None:
     ],
 )
 async def test_only_the_login_takes_multipart(path: str, kind: str, status: int) -> None:
-    async with asking(guards.BoundedBody(echo)) as client:
+    async with asking(middleware.BoundedBody(echo)) as client:
         answer = await client.post(path, content=b"--x--", headers={"content-type": kind})
     assert answer.status_code == status
 
@@ -162,14 +162,14 @@ async def test_a_long_body_is_not_read_to_its_end() -> None:
         sent.append(message)
 
     scope: Scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
-    await guards.BoundedBody(echo)(scope, receive, send)
+    await middleware.BoundedBody(echo)(scope, receive, send)
     assert (sent[0]["status"], read) == (413, 5)
 
 
 async def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guards, "BODY_SECONDS", 0.01)
-    with pytest.raises(guards.BadBody, match="did not come") as error:
-        await guards.whole_body(Headers(), asyncio.Event().wait)  # type: ignore[arg-type]
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.01)
+    with pytest.raises(middleware.BadBody, match="did not come") as error:
+        await middleware.whole_body(Headers(), asyncio.Event().wait)  # type: ignore[arg-type]
     assert error.value.status == 408
 
 
@@ -198,11 +198,11 @@ async def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_the_rest_of_gradio_is_not_there(method: str, path: str) -> None:
-    assert not guards.needed(method, path)
+    assert not middleware.needed(method, path)
 
 
 async def test_headers_that_protect_a_browser() -> None:
-    guard = guards.SecurityHeaders(echo, ("https://huggingface.co",))
+    guard = middleware.SecurityHeaders(echo, ("https://huggingface.co",))
     async with asking(guard) as client:
         headers = (await client.get("/")).headers
     assert headers["x-content-type-options"] == "nosniff"

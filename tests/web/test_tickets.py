@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 
-from mochi_app.changes import Pulse
+from mochi_app.changes import Changes
 from mochi_app.web import tickets
 from mochi_app.web.tickets import SECRET_HEADER, Tickets
 from tests.conftest import eventually
@@ -40,8 +40,8 @@ class Queue:
         return PlainTextResponse(f"event: {kind}\ndata: [null]\n\n")
 
 
-async def started(queue: Queue, needed: list[int]) -> tuple[Tickets, Pulse]:
-    changed = Pulse()
+async def started(queue: Queue, needed: list[int]) -> tuple[Tickets, Changes]:
+    changed = Changes()
     posting = Tickets(queue.app, "secret", lambda: needed[0], changed)
     posting.start()
     return posting, changed
@@ -94,7 +94,7 @@ async def test_a_question_that_fails_ends_nothing(
         return value
 
     posting = Tickets(
-        queue.app, "secret", lambda: answer("needed", 1), Pulse(),
+        queue.app, "secret", lambda: answer("needed", 1), Changes(),
         starving=lambda: bool(answer("starving", 1)), on_stall=stalls.append,
     )  # fmt: skip
     posting.start()
@@ -111,7 +111,7 @@ async def test_tickets_that_nobody_grants_are_posted_anew(monkeypatch: pytest.Mo
         queue.app,
         "secret",
         lambda: 1,
-        Pulse(),
+        Changes(),
         starving=lambda: starving[0],
         on_stall=reasons.append,
     )
@@ -132,7 +132,7 @@ async def test_a_ticket_is_posted_anew_where_not_one_was_left(
     monkeypatch.setattr(tickets, "STALL_SECONDS", 0.1)
     queue, needed = Queue(), [0]
     posting = Tickets(
-        queue.app, "secret", lambda: needed[0], Pulse(), starving=lambda: needed[0] > queue.posts
+        queue.app, "secret", lambda: needed[0], Changes(), starving=lambda: needed[0] > queue.posts
     )
     posting.start()
     await asyncio.sleep(0)
@@ -152,7 +152,7 @@ async def test_a_short_wait_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None
         return True
 
     posting = Tickets(
-        queue.app, "secret", lambda: 1, Pulse(), starving=starving, on_stall=reasons.append
+        queue.app, "secret", lambda: 1, Changes(), starving=starving, on_stall=reasons.append
     )
     posting.start()
     await eventually(lambda: looks[0] > 20 and queue.posts)

@@ -26,7 +26,7 @@ MakeStudio = Callable[..., Awaitable[Studio]]
 
 
 def asker(name: str = "", admin: bool = False) -> Any:
-    """A request of this caller's, as the doors leave it."""
+    """A request of this caller's, as `Guard` leaves it."""
     return SimpleNamespace(scope={SCOPE_KEY: Caller(name, admin)})
 
 

@@ -17,8 +17,7 @@ import pytest
 
 from mochi_app import accounts
 from mochi_app.store.metadata import read_metadata
-from mochi_app.web import auth as doors
-from mochi_app.web import throttle
+from mochi_app.web import auth, throttle
 from mochi_app.web.tickets import SECRET_HEADER
 from tests.serving import DEADLINE, Refusal, Served
 
@@ -114,7 +113,7 @@ def test_a_cookie_is_forged(closed: Served) -> None:
     """A login's cookie is forged, or altered to name an admin: it opens nothing."""
     name, _, value = as_user(closed, "ann").headers["cookie"].partition("=")
     payload, rest = value.split(".", 1)
-    other_key = doors.serializer(b"x" * 32, "login").dumps(["ada", "0" * 16])
+    other_key = auth.serializer(b"x" * 32, "login").dumps(["ada", "0" * 16])
     admin = other_key.split(".")[0]
     for forged in (other_key, f"{admin}.{rest}", payload, f"{payload}.{rest}x", "%00", "a" * 4000):
         for path in ("/events", "/config", "/gradio_api/info", "/files/x"):
