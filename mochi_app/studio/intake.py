@@ -16,7 +16,8 @@ from mochi_app.disk_errors import reason_of
 from mochi_app.jobs import Job, JobIds, JobStatus
 from mochi_app.loras import lora_names
 from mochi_app.model_defaults import ModelDefaults
-from mochi_app.request import Conflict, GenerationRequest, RequestError, check_schedule
+from mochi_app.parameters import PARAMETERS, GenerationRequest, check_schedule
+from mochi_app.request import Conflict, RequestError
 from mochi_app.settings import Settings
 from mochi_app.store.history import History
 from mochi_app.store.media import MediaStore
@@ -24,11 +25,8 @@ from mochi_app.studio.disk_space import DiskSpace, video_bytes
 from mochi_app.studio.live import LiveJobs
 from mochi_app.studio.retention import Retention
 
-# What an enhance takes over from its preview.
-INHERITED = (
-    "batch_id", "prompt", "negative_prompt", "seed", "guidance_scale", "height", "width",
-    "num_frames", "fps", "schedule", "lora", "lora_scale", "options",
-)  # fmt: skip
+# What an enhance takes over from its preview: the same video, but for its steps.
+INHERITED = (*(PARAMETERS.keys() - {"num_inference_steps"}), "batch_id", "options")
 
 
 class Intake:

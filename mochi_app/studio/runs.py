@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from mochi_app import __version__, messages
 from mochi_app.changes import Changes
@@ -21,6 +20,7 @@ from mochi_app.disk_errors import full, reason_of
 from mochi_app.errors import HistoryError, MediaError, without_folders
 from mochi_app.jobs import Job, JobStatus, cancelled, interrupted, withdrawn
 from mochi_app.model_defaults import ModelDefaults
+from mochi_app.parameters import PARAMETERS
 from mochi_app.setting_types import Timeouts
 from mochi_app.settings import Settings
 from mochi_app.slots.job_run import JobCancelled, JobFailed
@@ -272,22 +272,9 @@ class Runs:
         return chosen
 
     def _request(self, job: Job) -> messages.Run:
-        facts: dict[str, Any] = {
+        asked = {name: getattr(job, name) for name in PARAMETERS}
+        facts = {
             "job_id": job.id,
-            "prompt": job.prompt,
-            "negative_prompt": job.negative_prompt,
-            "seed": job.seed,
-            "num_inference_steps": job.num_inference_steps,
-            "guidance_scale": job.guidance_scale,
-            "height": job.height,
-            "width": job.width,
-            "num_frames": job.num_frames,
-            "fps": job.fps,
-            "schedule": job.schedule,
-            "lora": job.lora,
-            "lora_scale": job.lora_scale,
-        }
-        more = {
             "kind": job.kind,
             "parent_id": job.parent_id,
             "model": job.model,
@@ -295,8 +282,9 @@ class Runs:
         }
         every = self._settings.checkpoint_steps
         return messages.Run(
-            **facts,
-            metadata=facts | more,
+            **asked,
+            job_id=job.id,
+            metadata=asked | facts,
             checkpoint=str(self._media.checkpoint(job.id)) if every else "",
             checkpoint_steps=every,
         )
