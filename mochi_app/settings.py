@@ -8,13 +8,14 @@ Nothing else in the project reads the environment, except Gradio for its own var
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mochi_app.files import embedded_model
 from mochi_app.setting_types import (
+    Dtype,
     Hosts,
     Origins,
     Seconds,
@@ -117,22 +118,18 @@ class Settings(BaseSettings):
     backups_kept: int = Field(
         default=7, ge=1, description="Backups of the history that are kept; older ones go."
     )
-    dtype: str = Field(
+    dtype: Dtype = Field(
         default="auto",
-        pattern="^(auto|float32|bfloat16)$",
         description="Weights and arithmetic: `float32`, `bfloat16`; `auto` is bfloat16 on a GPU, "
         "float32 on a CPU.",
     )
-    text_dtype: str = Field(
+    text_dtype: Dtype = Field(
         default="auto",
-        pattern="^(auto|float32|bfloat16)$",
         description="The text encoder's: `auto` is float32, as the model's authors run it; "
         "`bfloat16` halves its memory on the first rank.",
     )
-    vae_dtype: str = Field(
-        default="auto",
-        pattern="^(auto|float32|bfloat16)$",
-        description="The decoder's: `auto` is that of `MOCHI_DTYPE`.",
+    vae_dtype: Dtype = Field(
+        default="auto", description="The decoder's: `auto` is that of `MOCHI_DTYPE`."
     )
     attention: str = Field(
         default="native",
@@ -150,16 +147,14 @@ class Settings(BaseSettings):
     compile: bool = Field(
         default=False, description="Compile the transformer's blocks: minutes at the first job."
     )
-    quantization: str = Field(
+    quantization: Literal["none", "fp8", "int8"] = Field(
         default="none",
-        pattern="^(none|fp8|int8)$",
         description="Transformer weights kept in 8 bits: `fp8` (cast at each layer) or `int8` "
         "(needs the package torchao): about 64 % and 51 % of their size in bfloat16, and slightly "
         "other frames.",
     )
-    offload: str = Field(
+    offload: Literal["none", "model", "group"] = Field(
         default="none",
-        pattern="^(none|model|group)$",
         description="For one small GPU: keep in host memory what does not compute, whole parts "
         "(`model`) or blocks (`group`).",
     )
@@ -203,13 +198,12 @@ class Settings(BaseSettings):
         default=3, le=4, description="Seconds that running jobs may take to end at a shutdown."
     )
 
-    log_format: str = Field(
-        default="text", pattern="^(text|json)$", description="The log: `text`, or `json` by line."
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="The log: `text`, or `json` by line."
     )
 
-    log_level: str = Field(
+    log_level: Literal["debug", "info", "warning"] = Field(
         default="info",
-        pattern="^(debug|info|warning)$",
         description="What the log tells: `debug` has the warnings of libraries, too; "
         "`warning` only what may need somebody.",
     )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import math
 import os
@@ -24,6 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from mochi_app.errors import HistoryError, without_folders
 from mochi_app.files import fsync
@@ -157,10 +158,7 @@ def only_one(folder: Path, called_off: Callable[[], bool]) -> Iterator[None]:
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        while True:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+        while not lock_descriptor(descriptor, blocking=False):
             if called_off():
                 raise CalledOff
             time.sleep(LOCK_SECONDS)
