@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Protocol
 from mochi_app import logs
 from mochi_app.child_process import die_with_parent, leave
 from mochi_app.codec import ProtocolError
-from mochi_app.disk_errors import DISK_FULL, said
+from mochi_app.disk_errors import DISK_FULL, mentions
 from mochi_app.engine.channel import Channel, Inbox
 from mochi_app.engine.scratch import Scratch, refused
 from mochi_app.errors import one_line
@@ -295,7 +295,7 @@ def disk_full(error: Exception) -> bool:
     """Whether the system, or ffmpeg quoting it, reported that the disk is full."""
     if isinstance(error, OSError):
         return error.errno in DISK_FULL
-    return said(str(error), DISK_FULL)
+    return mentions(str(error), DISK_FULL)
 
 
 if __name__ == "__main__":

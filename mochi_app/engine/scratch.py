@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mochi_app.disk_errors import UNUSABLE, said
+from mochi_app.disk_errors import UNUSABLE, mentions
 
 FOLLOWS = hasattr(os, "O_PATH")  # Linux, whose /proc leads to open folders
 
@@ -58,4 +58,4 @@ def refused(error: Exception, folder: Path) -> bool:
     if isinstance(error, OSError):
         ours = error.filename is None or str(error.filename).startswith(str(folder))
         return ours and error.errno in UNUSABLE
-    return said(str(error), UNUSABLE)  # ffmpeg quotes the system
+    return mentions(str(error), UNUSABLE)  # ffmpeg quotes the system
