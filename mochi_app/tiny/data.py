@@ -96,7 +96,7 @@ class LatentSource:
         self.palette = palette()
 
     def batch(self, random: np.random.Generator, size: int) -> LatentBatch:
-        """A batch; some captions say nothing, as guidance needs it, or not everything."""
+        """A batch; some captions are empty, as guidance needs, or incomplete."""
         chosen = [words.training_attributes(random) for _ in range(size)]
         moments = torch.stack([self._moments(attributes, random) for attributes in chosen])
         captions = [self._caption(attributes, random) for attributes in chosen]
@@ -114,11 +114,11 @@ class LatentSource:
         return moments * torch.tensor([1.0, -1.0, 1.0, 1.0]).view(4, 1, 1, 1)
 
     def weight(self, attributes: Attributes, caption: str) -> float:
-        """More for small shapes and for colours close to each other, which a plain mean forgets.
+        """More for small shapes and for similar colours, which a plain mean neglects.
 
-        It depends on the caption alone. A weight that looks at the picture, such as more for the
-        cells of the shape, moves the mean that the model learns: while several places are still
-        possible it draws some of each, and two copies or a rectangle come of it.
+        It depends on the caption alone. A weight that depends on the picture, such as more for the
+        cells of the shape, shifts the mean that the model learns: while several places are still
+        possible it draws some of each, which yields two copies or a rectangle.
         """
         try:
             words.parse_caption(caption)

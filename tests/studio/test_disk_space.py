@@ -27,7 +27,7 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.free = MARGIN + 100 * EACH
         monkeypatch.setattr(MediaStore, "free_bytes", lambda _: self.free)
-        monkeypatch.setattr(module, "ROOM_SECONDS", 0.02)
+        monkeypatch.setattr(module, "SPACE_SECONDS", 0.02)
 
 
 @pytest.fixture

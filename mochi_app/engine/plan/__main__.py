@@ -75,7 +75,7 @@ TIMINGS = (
 class Comparison:
     """A published time beside the plan's, in seconds.
 
-    `tflops` was fitted to the first of the series, whose prediction is therefore no news.
+    `tflops` was fitted to the first of the series, whose prediction is therefore exact.
     """
 
     timing: Timing
