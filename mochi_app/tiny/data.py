@@ -24,7 +24,8 @@ TRAINING_SEEDS = 1_000_000  # evaluation uses seeds below
 EMPTY_CAPTIONS = 0.1
 PARTIAL_CAPTIONS = 0.06
 USUAL_SIGNAL = 0.45  # root mean square contrast, of 2, × width: a large shape in clear colours
-MAX_WEIGHT = 3.0
+RING_LINE = 0.6  # a ring's line is thin: its hole closes where a disc of its width is safe
+MAX_WEIGHT = 4.0
 MIRROR = {"moving left": "moving right", "moving right": "moving left"}
 
 
@@ -125,7 +126,10 @@ class LatentSource:
         except ValueError:  # it does not tell size and colours
             return 1.0
         contrast = self.palette[attributes.color] - self.palette[attributes.background]
-        signal = float(contrast.square().mean().sqrt()) * world.WIDTHS[attributes.size]
+        line = world.WIDTHS[attributes.size]
+        if words.SHAPES[attributes.shape] == "ring":
+            line *= RING_LINE
+        signal = float(contrast.square().mean().sqrt()) * line
         return min(MAX_WEIGHT, max(1.0, USUAL_SIGNAL / signal))
 
     @staticmethod

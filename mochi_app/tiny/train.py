@@ -51,7 +51,8 @@ def start_stage(name: str, pipeline: MochiPipeline, options: argparse.Namespace)
         elif name == "decoder":
             training = train_decoder.start(pipeline.vae, options.work)
         else:
-            training = train_transformer.start(pipeline.transformer, options.work)
+            rate = options.transformer_rate
+            training = train_transformer.start(pipeline.transformer, options.work, rate)
     if training.resume():
         logger.info("%s goes on at step %d", name, training.step)
     return training
@@ -129,6 +130,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text-steps", type=int, default=1200)
     parser.add_argument("--decoder-steps", type=int, default=5000)
     parser.add_argument("--transformer-steps", type=int, default=6000)
+    parser.add_argument(
+        "--transformer-rate",
+        type=float,
+        default=train_transformer.RATE,
+        help="AdamW's learning rate; 4e-4 goes on best from exported weights",
+    )
     parser.add_argument(
         "--geometries", type=int, default=PER_CLASS, help="of each shape, motion and size"
     )
