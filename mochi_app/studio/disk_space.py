@@ -1,7 +1,7 @@
 """Free space on the disk: enough for all accepted jobs, or the reason why a job must wait.
 
-Checked twice: a job is accepted only if the disk has space for its video besides those of all jobs
-accepted before it, and it is started only if the disk still does. Figures are bytes.
+Checked twice: a job is accepted only if the disk has space for its video alongside those of all
+jobs accepted before it, and it is started only if the disk still does. Figures are bytes.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class DiskSpace:
         self.free = await asyncio.to_thread(self._media.free_bytes)
 
     def lack(self, job: Job, others: Iterable[Job] = ()) -> str | None:
-        """Why there is no space for the job besides what `others` will still write; None if there
-        is, or nothing has been measured yet."""
+        """Why there is no space for the job alongside what `others` will still write; None if
+        there is, or nothing has been measured yet."""
         promised = sum(video_bytes(other) for other in others)
         return self.lack_for(scheduling.volume(job), promised)
 
     def lack_for(self, volume: int, promised: int = 0) -> str | None:
-        """Like `lack`, for a video of `volume` pixels × frames besides `promised` bytes."""
+        """Like `lack`, for a video of `volume` pixels × frames alongside `promised` bytes."""
         if self.free is None:
             return None
         needed = MARGIN + volume_bytes(volume)

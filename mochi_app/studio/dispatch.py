@@ -161,7 +161,7 @@ class Dispatch:
         return slot, job
 
     def _next_job(self) -> Job | None:
-        """The job to start now besides those that run, given a ready slot."""
+        """The job to start now alongside those that run, given a ready slot."""
         fitting = [job for job in self.waiting if self.lack(job) is None]
         estimate, since = self._live.speeds.run_seconds, self._live.waits.since
         return scheduling.next_job(fitting, estimate, self._running, since)
@@ -173,7 +173,7 @@ class Dispatch:
         return [job for job in found if job is not None]
 
     def lack(self, job: Job) -> str | None:
-        """Why the disk does not let a waiting job start besides those that run."""
+        """Why the disk does not let a waiting job start alongside those that run."""
         return self._unusable or self._short_for(job)
 
     @property
@@ -183,5 +183,5 @@ class Dispatch:
         return problem and without_folders(problem)
 
     def _short_for(self, job: Job) -> str | None:
-        """Why the disk has no space for a waiting job besides those that run."""
+        """Why the disk has no space for a waiting job alongside those that run."""
         return self._disk.lack(job, self._running)

@@ -4,7 +4,7 @@ Order: a job is due at its arrival plus `RUN_TIMES` times its own estimated run 
 due goes first. Among equals that is first come, first served. A short job overtakes a long one, but
 only for a while: later arrivals are due later, so nothing starves. A job that was interrupted had
 its turn already and goes before all that have not. A suspect (`suspects.py`) runs alone: when it is
-next it waits for the running jobs, and nothing starts meanwhile or beside it.
+next it waits for the running jobs, and nothing starts meanwhile or alongside it.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def next_job(
     running: Collection[Job] = (),
     since: Since = submitted,
 ) -> Job | None:
-    """The job to start now beside those that are `running`, if any."""
+    """The job to start now alongside those that are `running`, if any."""
     if any(job.suspect for job in running):
         return None
     job = min(pending, key=lambda job: due(job, estimate, since), default=None)

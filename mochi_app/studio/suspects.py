@@ -4,9 +4,9 @@ Each job that was PROCESSING when the server died is a suspect: it may take the 
 for example by its memory. Pure functions of a job; `recovery.py` and `runs.py` call them, and
 `scheduling.py` makes a suspect run alone.
 
-A suspect starts only when nothing else runs, and nothing starts beside it. So every later death is
-its own fault, and a death that several jobs share raises no count above 1: an innocent job is never
-held for it, however often its neighbours kill the server, and stops being a suspect once it
+A suspect starts only when nothing else runs, and nothing starts alongside it. So every later death
+is its own fault, and a death that several jobs share raises no count above 1: an innocent job is
+never held for it, however often its neighbours kill the server, and stops being a suspect once it
 completes.
 """
 

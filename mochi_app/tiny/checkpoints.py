@@ -78,7 +78,7 @@ class Training:
             torch._foreach_lerp_(ours, theirs, 1 - decay)
 
     def save(self) -> None:
-        """Write the checkpoint beside the old one, then over it."""
+        """Write the checkpoint next to the old one, then replace it."""
         staging = self.path.with_suffix(".new")
         torch.save(
             {

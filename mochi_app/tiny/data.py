@@ -30,7 +30,7 @@ MIRROR = {"moving left": "moving right", "moving right": "moving left"}
 
 
 def step_random(seed: int, stage: str, step: int) -> np.random.Generator:
-    """The generator that makes the batch of this step, whatever ran before."""
+    """The generator for the batch of this step, independent of earlier steps."""
     return np.random.default_rng([seed, *stage.encode(), step])
 
 
@@ -123,7 +123,7 @@ class LatentSource:
         """
         try:
             words.parse_caption(caption)
-        except ValueError:  # it does not tell size and colours
+        except ValueError:  # it does not give size and colours
             return 1.0
         contrast = self.palette[attributes.color] - self.palette[attributes.background]
         line = world.WIDTHS[attributes.size]

@@ -127,7 +127,7 @@ def read_shape(mask: Floats, path: Track) -> int:
     for shape in range(len(words.SHAPES)):
         across = np.sqrt(path.areas[frames] / AREA[shape])
         centers = path.centers[frames].copy()
-        if words.SHAPES[shape] == "triangle":  # its centroid lies a sixth of its height too low
+        if words.SHAPES[shape] == "triangle":  # its centroid is a sixth of its height too low
             centers[:, 1] -= across * world.TRIANGLE_HEIGHT / 6
         _, height, width = mask.shape
         plan = world.Plan(
