@@ -118,7 +118,7 @@ class LoggedLines(io.TextIOBase):
         return self._behind.fileno()
 
 
-class Attentive(logging.Logger):
+class LibraryFilter(logging.Logger):
     """A logger for a process full of libraries: each record goes to the root's handlers, whatever
     handlers the library has added, and a library's records below ERROR are moved to debug level,
     except those of packages in `heard`, named by the logger or in the message."""
@@ -141,11 +141,11 @@ class Attentive(logging.Logger):
         return not ours and not any(word in text for word in self.heard)
 
 
-def attend(level: str, heard: set[str]) -> None:
-    """Use `Attentive` for modules imported from now on, and for Python's warnings; `level` as in
-    `start_logging`."""
-    Attentive.heard = heard
-    logging.setLoggerClass(Attentive)
+def filter_libraries(level: str, heard: set[str]) -> None:
+    """Use `LibraryFilter` for modules imported from now on, and for Python's warnings. `level` is
+    that of `start_logging`."""
+    LibraryFilter.heard = heard
+    logging.setLoggerClass(LibraryFilter)
     logging.captureWarnings(True)
     for handler in logging.getLogger().handlers:
         handler.setLevel(level.upper())

@@ -85,7 +85,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 def quiet_libraries() -> None:
     """Turn off progress bars, which progress events replace. Libraries' advice is logged at debug
-    level in a rank (`logs.Attentive`)."""
+    level in a rank (`logs.LibraryFilter`)."""
     # Mochi's rope asks for float32 under autocast, which a CPU uses anyway.
     warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
     diffusers.utils.logging.disable_progress_bar()

@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None, loader: Loader = load_mochi) -> int:
     os.dup2(2, 1)  # whatever a library prints goes to the log
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=logs.FORMAT)
     config = configure(channel)
-    logs.attend(config.log_level, libraries_of(config))
+    logs.filter_libraries(config.log_level, libraries_of(config))
     inbox = Inbox()
     for name, target in (("heartbeat", beat), ("reader", read)):
         arguments = (channel,) if target is beat else (channel, inbox)

@@ -24,7 +24,7 @@ from mochi_app.store.backups import list_backups, make_backup
 from mochi_app.store.checks import Sentinel
 from mochi_app.store.job_index import JobIndex
 from mochi_app.store.lock import LOCK_NAME, locked_by
-from mochi_app.store.restore import Restored, look, look_at_backup, restore, video_ids
+from mochi_app.store.restore import Restored, inspect, inspect_backup, restore, video_ids
 
 
 def check(data_dir: Path) -> bool:
@@ -35,7 +35,7 @@ def check(data_dir: Path) -> bool:
     good = True
     try:
         # The sentinel first: while a server runs, the database may be ahead of it, never behind.
-        meta, index = look(history, Sentinel.read(history))
+        meta, index = inspect(history, Sentinel.read(history))
         report(f"history: sound, {tally(index)}, {meta.get('writes', 0)} changes")
         good = report_orphans(files, index)
     except HistoryError as error:
@@ -43,7 +43,7 @@ def check(data_dir: Path) -> bool:
         report(f"history: {error}")
     for backup in list_backups(data_dir):
         try:
-            found = tally(look_at_backup(backup.path))
+            found = tally(inspect_backup(backup.path))
             report(f"backup {backup.path.name}: sound, {found}, {backup.writes} changes")
         except HistoryError as error:
             good = False

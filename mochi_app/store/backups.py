@@ -49,7 +49,7 @@ TEMPORARY = "tmp-backup.db"  # what a killed process leaves of it is removed by 
 LOCK_SECONDS = 0.1  # between looks whether another process has made its backup
 PAGES_PER_STEP = 1000  # 4 MB; between steps a copy can be called off
 SPARE_BYTES = 64 << 20  # that a backup leaves free
-LOOK_SECONDS = 60.0  # between looks at whether one is due
+CHECK_SECONDS = 60.0  # between looks at whether one is due
 RETRY_SECONDS = 600.0  # after a failure
 
 
@@ -273,7 +273,7 @@ class Backups:
                 if without_folders(problem) != self.problem:
                     log.warning("%s", problem)
                 self.problem = without_folders(problem)
-            await asyncio.sleep(RETRY_SECONDS if self.problem else LOOK_SECONDS)
+            await asyncio.sleep(RETRY_SECONDS if self.problem else CHECK_SECONDS)
 
     def _make_due(self) -> None:
         """Make one if the newest is old enough and lacks something."""

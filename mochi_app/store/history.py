@@ -240,7 +240,7 @@ class History:
                 )
             looking.result()
         except HistoryError as error:
-            self._writer.ail(str(error))
+            self._writer.set_problem(str(error))
             raise HistoryError(*error.args) from error  # other callers may share the first one
 
     async def _write_job(self, plan: Callable[[Draft], Job]) -> Job:

@@ -25,7 +25,7 @@ from mochi_app.store.media import FOLDERS, TEMPORARY_PREFIX, MediaStore
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0
+CHECK_SECONDS = 1.0
 NEEDED = ("videos", "posters", "scratch")  # and the slots' folders in scratch
 VIDEOS = ("videos", "withheld")
 PROBE = f"{TEMPORARY_PREFIX}probe"
@@ -74,8 +74,8 @@ class Outputs:
 
     async def _watch(self) -> None:
         while True:
-            await self.look()
-            await asyncio.sleep(LOOK_SECONDS)
+            await self.check()
+            await asyncio.sleep(CHECK_SECONDS)
 
     def met(self, reason: str) -> None:
         """A video could not be written, for this reason."""
@@ -92,7 +92,7 @@ class Outputs:
         self._waiting.pop(job_id, None)
         self._report()
 
-    async def look(self) -> bool:
+    async def check(self) -> bool:
         """Check every folder; whether all that a video needs are usable, as far as can be seen.
 
         Touches nothing while the history is not the one that this server opened: then the folders
@@ -103,7 +103,7 @@ class Outputs:
             met = self._met
             try:
                 await self._history.check()
-                problems = await asyncio.to_thread(self._look, thorough)
+                problems = await asyncio.to_thread(self._find_problems, thorough)
             except HistoryError:
                 return False
             except OSError as error:
@@ -117,7 +117,7 @@ class Outputs:
             self._report()
             return not needed
 
-    def _look(self, thorough: bool) -> dict[str, str]:
+    def _find_problems(self, thorough: bool) -> dict[str, str]:
         """Why folders cannot be used, by name; missing ones are created again."""
         problems = {}
         for name, folder in self._folders.items():

@@ -52,7 +52,7 @@ VIDEOS_ALONE = Path("videos")
 # Looking
 
 
-def look(history: Path, sentinel: Sentinel | None) -> tuple[Record, JobIndex]:
+def inspect(history: Path, sentinel: Sentinel | None) -> tuple[Record, JobIndex]:
     """Identity and jobs of the database in this folder.
 
     Raises:
@@ -70,7 +70,7 @@ def look(history: Path, sentinel: Sentinel | None) -> tuple[Record, JobIndex]:
             return meta, read_jobs(database, history) if meta else JobIndex()
 
 
-def look_at_backup(path: Path) -> JobIndex:
+def inspect_backup(path: Path) -> JobIndex:
     """The jobs of a backup.
 
     Raises:

@@ -154,11 +154,11 @@ class Writer:
         except Exception as error:  # noqa: BLE001 - whatever it was, every caller must get it
             with contextlib.suppress(Exception):  # callers must get the first error
                 await self._settle()
-            self.ail(str(error))
+            self.set_problem(str(error))
             return [error] * len(plans)
         return outcomes
 
-    def ail(self, problem: str) -> None:
+    def set_problem(self, problem: str) -> None:
         """Record why nothing can be written, and retry until something can."""
         if problem != self.problem:
             log.error("history: %s", problem)

@@ -34,7 +34,7 @@ class DiskSpace:
         self._media = media
         self.free: int | None = None
 
-    async def look(self) -> None:
+    async def measure(self) -> None:
         """Measure the free space.
 
         Raises:

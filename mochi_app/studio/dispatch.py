@@ -93,7 +93,7 @@ class Dispatch:
             if self._stopping() or not self.waiting:
                 return None
             # Space may be freed without a beat: from outside, or by a smaller video than reserved.
-            pause = SPACE_SECONDS if self.waits_for_room else None
+            pause = SPACE_SECONDS if self.waits_for_space else None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     count = await self._changed.after(count)
@@ -114,7 +114,7 @@ class Dispatch:
         return ready and self._next_job() is not None
 
     @property
-    def waits_for_room(self) -> str | None:
+    def waits_for_space(self) -> str | None:
         """Why the disk lets no waiting job start, even if a slot is ready."""
         reason = None
         for job in self.waiting:
@@ -127,21 +127,21 @@ class Dispatch:
     def short_of_room(self) -> str | None:
         """Why the disk has no space now for the video of a waiting job, or of the usual size."""
         if self.waiting:
-            return self.waits_for_room
+            return self.waits_for_space
         return self._disk.lack_for(self._usual_volume)
 
     async def _next_pair(self) -> tuple[SupervisedSlot, Job] | None:
         if self._pool.ready_slot() is None or not self.waiting or self._unusable:
             return None
-        before = self.waits_for_room
+        before = self.waits_for_space
         while True:
             try:
-                await self._disk.look()
+                await self._disk.measure()
             except OSError as error:
                 self._outputs.met(reason_of(error))
                 return None
             pair = self._claim()
-            short = None if pair else self.waits_for_room
+            short = None if pair else self.waits_for_space
             if not short or self._unusable or not await self._retention.purge_next():
                 break
         if short and not before:

@@ -32,7 +32,7 @@ class Unfiled(Exception):
 
 
 class Filing:
-    """Puts finished videos into place, after `make_room` was called with their size in bytes."""
+    """Puts finished videos into place, after `free_space` was called with their size in bytes."""
 
     def __init__(
         self,
@@ -40,13 +40,13 @@ class Filing:
         media: MediaStore,
         outputs: Outputs,
         *,
-        make_room: Callable[[int], Awaitable[None]],
+        free_space: Callable[[int], Awaitable[None]],
         stopping: Callable[[], bool],
     ) -> None:
         self._history = history
         self._media = media
         self._outputs = outputs
-        self._make_room = make_room
+        self._free_space = free_space
         self._stopping = stopping
 
     async def file(self, job_id: str, slot: int, done: Done, live: Live) -> tuple[str, str]:
@@ -61,7 +61,7 @@ class Filing:
         refused_since: float | None = None
         try:
             while True:
-                if await self._outputs.look():
+                if await self._outputs.check():
                     try:
                         return await self._file(job_id, slot, done)
                     except (MediaGone, OSError) as error:
@@ -86,12 +86,12 @@ class Filing:
     async def _is_to_wait(self, error: Exception) -> bool:
         """Whether the folders are to blame that a video could not be put into place."""
         if isinstance(error, MediaGone):  # it is lost if its folder is the right one
-            return not await self._outputs.look()
+            return not await self._outputs.check()
         return unusable(error)
 
     async def _file(self, job_id: str, slot: int, done: Done) -> tuple[str, str]:
         size = await asyncio.to_thread(self._media.scratch_size, slot, done.video)
-        await self._make_room(size)
+        await self._free_space(size)
         return await asyncio.to_thread(self._media.finalise, job_id, slot, done.video, done.poster)
 
     def _wait(self, job_id: str, live: Live, reason: str) -> None:

@@ -55,7 +55,7 @@ class Janitor:
         while True:
             self._live.forget_ended()
             try:
-                await self._disk.look()
+                await self._disk.measure()
                 await self._recovery.repair()
                 await self._retention.empty_trash(older_than_hours=self._trash_hours)
                 await self._retention.enforce_quota()

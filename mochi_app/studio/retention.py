@@ -152,7 +152,7 @@ class Retention:
         """Whether `size` more bytes are within the quota."""
         return self._media.total_bytes() + size <= self.quota_bytes
 
-    def can_make_room(self, size: int) -> bool:
+    def can_free_space(self, size: int) -> bool:
         """Whether `size` more bytes are within the quota once everything removable is removed."""
         over = self._media.total_bytes() + size - self.quota_bytes
         if over <= 0:
@@ -165,9 +165,9 @@ class Retention:
 
     async def enforce_quota(self) -> None:
         """Keep the videos within the quota, as far as that is possible."""
-        await self.make_room(0)
+        await self.free_space(0)
 
-    async def make_room(self, size: int) -> None:
+    async def free_space(self, size: int) -> None:
         """Free quota for `size` more bytes: the trash goes first, then the oldest unstarred videos,
         but not their records. Starred videos stay even if the quota is exceeded."""
         while not self.fits(size):

@@ -72,7 +72,9 @@ class Runs:
         self._live = live
         self._retention = retention
         self._outputs = outputs
-        self._filing = Filing(history, media, outputs, make_room=self._make_room, stopping=stopping)
+        self._filing = Filing(
+            history, media, outputs, free_space=self._free_space, stopping=stopping
+        )
         self._metrics = metrics
         self._changed = changed
         self._stopping = stopping
@@ -194,9 +196,9 @@ class Runs:
             if ended:
                 await asyncio.to_thread(self._media.tidy, slot.index, job.id)
 
-    async def _make_room(self, size: int) -> None:
+    async def _free_space(self, size: int) -> None:
         try:
-            await self._retention.make_room(size)
+            await self._retention.free_space(size)
         except (HistoryError, OSError) as error:  # the janitor tries again; the video comes first
             log.error("no room was made under the quota: %s", error)
 

@@ -385,7 +385,7 @@ class Studio:
         reasons += [without_folders(problem) for problem in problems if problem is not None]
         warnings = [self.backups.problem] if self.backups.problem is not None else []
         warnings += self.outputs.warnings
-        if not self.retention.can_make_room(0):
+        if not self.retention.can_free_space(0):
             reasons.append("the quota is full of starred videos")
         reasons += filter(None, [self.dispatch.short_of_room, *(check() for check in self.checks)])
         slots = [slot.describe() for slot in self.pool.slots]

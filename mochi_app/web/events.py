@@ -123,7 +123,7 @@ class JobFeed:
         self._as_of = 0.0
         self._view, self._viewed_at = b"", -1  # both merged, as of this look
 
-    def look(self, job: Job | None, studio: Studio, look: int, now: float) -> None:
+    def update(self, job: Job | None, studio: Studio, look: int, now: float) -> None:
         """Update to the state at look number `look`; `job` is None if it is gone."""
         self.gone = job is None
         if job is None:
@@ -213,7 +213,7 @@ class EventFeed:
             feed = self._jobs.get(job_id)
             if feed is None:
                 feed = self._jobs[job_id] = JobFeed(job_id)
-                feed.look(self._job(job_id), self._studio, self._looks, self._now)
+                feed.update(self._job(job_id), self._studio, self._looks, self._now)
             feed.pages += 1
         try:
             yield
@@ -240,7 +240,7 @@ class EventFeed:
             self._jobs[job_id] = JobFeed(job_id)
         for feed in list(self._jobs.values()):
             if feed.pages or feed.job_id in alive:
-                feed.look(self._job(feed.job_id), studio, self._looks, now)
+                feed.update(self._job(feed.job_id), studio, self._looks, now)
             else:
                 del self._jobs[feed.job_id]
         history = studio.history

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = logging.getLogger(__name__)
 
 DETAIL = "the login ended: log in again"
-LOOK_SECONDS = 5.0  # between two checks whether the caller of an open response still has access
+CHECK_SECONDS = 5.0  # between two checks whether the caller of an open response still has access
 
 
 async def while_let_in(
@@ -44,7 +44,7 @@ async def while_let_in(
 
     async def watch() -> None:
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(CHECK_SECONDS)
             if not let_in():
                 stay.reschedule(asyncio.get_running_loop().time())
                 return
