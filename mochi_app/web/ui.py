@@ -1,7 +1,7 @@
-"""The page: Gradio's components for the form, `page.js` for what is live.
+"""The page: Gradio's components for the form, the scripts of `page/` for what is live.
 
-The form posts to `submit`. Header, panel and history are `gr.HTML` parts that `page.js` fills: it
-follows `/events` and asks the functions of `Calls`. Every rule is the studio's; no handler here
+The form posts to `submit`. Header, panel and history are `gr.HTML` parts that `page/main.js` fills:
+it follows `/events` and asks the functions of `Calls`. Every rule is the studio's; no handler here
 takes a place in Gradio's queue.
 """
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.themes.utils import colors
 
 from mochi_app.callers import Caller
 from mochi_app.errors import HistoryError
@@ -33,6 +32,8 @@ from mochi_app.request import (
 )
 from mochi_app.studio.studio import Studio
 from mochi_app.web.auth import caller_of
+from mochi_app.web.page_files import PAGE_FILES
+from mochi_app.web.theme import theme
 
 HERE = Path(__file__).parent
 
@@ -50,24 +51,6 @@ FILTERS: Mapping[str, Mapping[str, Any]] = {
     "trash": {"deleted": True},
 }
 
-SYSTEM_FONT = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
-MONO_FONT = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
-
-MATCHA = colors.Color(
-    name="matcha",
-    c50="#f2f8f3",
-    c100="#e0efe3",
-    c200="#c2dfc9",
-    c300="#98c8a5",
-    c400="#69aa7c",
-    c500="#468c5d",
-    c600="#33714a",
-    c700="#2a5b3d",
-    c800="#244933",
-    c900="#1e3c2b",
-    c950="#0f2118",
-)
-
 # Every handler of the page: no place in the queue, no entry in the API.
 UNQUEUED: Mapping[str, Any] = {
     "queue": False,
@@ -75,12 +58,28 @@ UNQUEUED: Mapping[str, Any] = {
     "show_progress": "hidden",
 }
 
+# The form's components in the order in which Gradio hands them on.
+FORM_FIELDS = (
+    "prompt",
+    "negative_prompt",
+    "random_seed",
+    "seed",
+    "steps",
+    "guidance_scale",
+    "height",
+    "width",
+    "num_frames",
+    "schedule",
+    "lora",
+    "lora_scale",
+)
+
 Call = Callable[[Any, Caller], Awaitable[Any]]
 Answer = Callable[[Any, gr.Request], Awaitable[dict[str, Any]]]
 
 
 def answering(call: Call) -> Answer:
-    """`call` as `page.js` hears it: `{"ok": …}`, or `{"error": …}` when it is refused."""
+    """`call` as `page/server.js` hears it: `{"ok": …}`, or `{"error": …}` when it is refused."""
 
     async def answer(argument: Any, request: gr.Request) -> dict[str, Any]:
         try:
@@ -93,8 +92,8 @@ def answering(call: Call) -> Answer:
 
 
 class Calls:
-    """What `page.js` may ask. Each takes one JSON value, as Gradio's server functions do, and who
-    asks."""
+    """What the page may ask (`page/server.js`). Each takes one JSON value, as Gradio's server
+    functions do, and who asks."""
 
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
@@ -168,7 +167,8 @@ class Calls:
 
 
 def submitter(studio: Studio) -> Callable[..., Awaitable[dict[str, Any]]]:
-    """The handler behind Generate: its outcome, for `page.js`. It touches none of the form."""
+    """The handler behind Generate: its outcome, for `page/form.js`. It touches none of the form.
+    Its parameters are `FORM_FIELDS`."""
 
     async def submit(
         prompt: Any,
@@ -213,19 +213,25 @@ def whole_number(text: Any) -> Any:
     return int(text) if digits else text
 
 
-def live_part(name: str, **options: Any) -> gr.HTML:
-    """A place on the page that `page.js` fills. It may be there before the script or after."""
-    part = f"[{json.dumps(name)}, {{element, server, trigger, props}}]"
+def live_part(name: str, events: tuple[str, ...] = (), **options: Any) -> gr.HTML:
+    """A place on the page that `page/main.js` fills, now or as soon as it has come. The part can
+    trigger `events`, which are then listeners of the component: Gradio takes their names from the
+    script."""
+    triggers = ", ".join(f"{event}: () => trigger('{event}')" for event in events)
+    part = f"{{element, server, props, events: {{{triggers}}}}}"
     return gr.HTML(
         html_template="",
-        js_on_load=f"const part = {part}; /* 'reuse', 'drawn' */"
-        " if (window.Mochi) Mochi.attach(...part);"
-        " else (window.mochiParts ??= []).push(part);",
+        js_on_load=page_call(f"page.attach({json.dumps(name)}, {part})"),
         apply_default_css=False,
         elem_id=f"mochi-{name}",
         elem_classes="m-part",
         **options,
     )
+
+
+def page_call(call: str) -> str:
+    """A script that calls `page` of `page/main.js`, which may not be there yet."""
+    return f"(window.mochiQueue ??= []).push((page) => {call})"
 
 
 def build(studio: Studio) -> None:
@@ -241,26 +247,28 @@ def build(studio: Studio) -> None:
         )
     with gr.Row(elem_id="mochi-work"):
         with gr.Column(scale=2, min_width=320, elem_id="mochi-ask"):
-            inputs = form(studio)
-            live_part("form")
+            fields = form(studio)
+            values = live_part("form", events=("drawn", "reuse"), fields=FORM_FIELDS)
             generate = gr.Button("Generate", variant="primary", size="lg", elem_id="mochi-generate")
         with gr.Column(scale=3, min_width=320):
-            panel = live_part(
+            live_part(
                 "panel",
                 server_functions=Calls(studio).all(),
                 enhance_steps=studio.settings.enhance_steps,
             )
     live_part("gallery")
+    inputs = [fields[name] for name in FORM_FIELDS]
     outcome = gr.JSON(visible=False)
+    submitted = f"(outcome) => {{ {page_call('page.submitted(outcome)')} }}"
     generate.click(submitter(studio), inputs, outcome, **UNQUEUED).then(
-        None, [outcome], None, js="(outcome) => window.Mochi.submitted(outcome)", **UNQUEUED
+        None, [outcome], None, js=submitted, **UNQUEUED
     )
-    panel.drawn(None, None, inputs[3], js="() => window.Mochi.drawn()", **UNQUEUED)
-    panel.reuse(None, None, inputs, js="() => window.Mochi.reused()", **UNQUEUED)
+    values.drawn(None, None, fields["seed"], js="() => window.Mochi.drawn()", **UNQUEUED)
+    values.reuse(None, None, inputs, js="() => window.Mochi.reused()", **UNQUEUED)
 
 
-def form(studio: Studio) -> list[Any]:
-    """The form's components, in the order of `submitter` and of `values` in `page.js`."""
+def form(studio: Studio) -> dict[str, Any]:
+    """The form's components by the names of `FORM_FIELDS`."""
     defaults = studio.defaults
     prompt = gr.Textbox(
         label="Prompt",
@@ -322,20 +330,20 @@ def form(studio: Studio) -> list[Any]:
             )
         if studio.settings.lora_dir is not None:  # files come and go: look again with each page
             gr.on(None, lambda: gr.Dropdown(lora_choices(studio)), None, lora, **UNQUEUED)
-    return [
-        prompt,
-        negative_prompt,
-        random_seed,
-        seed,
-        steps,
-        guidance_scale,
-        height,
-        width,
-        num_frames,
-        schedule,
-        lora,
-        lora_scale,
-    ]
+    return {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "random_seed": random_seed,
+        "seed": seed,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "schedule": schedule,
+        "lora": lora,
+        "lora_scale": lora_scale,
+    }
 
 
 def lora_choices(studio: Studio) -> list[tuple[str, str]]:
@@ -357,42 +365,10 @@ def examples(prompts: tuple[str, ...], prompt: gr.Textbox) -> None:
 
 
 def page_options() -> dict[str, Any]:
-    """Keyword arguments for `gr.mount_gradio_app`: theme, styles, script, icon."""
-    script = (HERE / "page.js").read_text(encoding="utf-8")
+    """Keyword arguments for `gr.mount_gradio_app`: theme, styles, scripts, icon."""
     return {
         "theme": theme(),
         "css_paths": [HERE / "page.css"],
-        "head": f"<script>{script}</script>",
+        "head": PAGE_FILES.head,
         "favicon_path": str(HERE / "favicon.png"),
     }
-
-
-def theme() -> gr.themes.Base:
-    """Calm neutrals, one green, the reader's own fonts."""
-    return gr.themes.Base(
-        primary_hue=MATCHA,
-        secondary_hue=MATCHA,
-        neutral_hue=colors.stone,
-        radius_size="lg",
-        font=SYSTEM_FONT,
-        font_mono=MONO_FONT,
-    ).set(
-        body_background_fill="*neutral_50",
-        body_background_fill_dark="*neutral_950",
-        block_background_fill="white",
-        block_background_fill_dark="*neutral_900",
-        block_border_width="1px",
-        block_shadow="none",
-        body_text_color_subdued="*neutral_500",
-        body_text_color_subdued_dark="*neutral_400",
-        block_info_text_color="*neutral_500",
-        block_info_text_color_dark="*neutral_400",
-        input_placeholder_color="*neutral_500",
-        input_placeholder_color_dark="*neutral_400",
-        button_primary_background_fill="*primary_600",
-        button_primary_background_fill_hover="*primary_700",
-        button_primary_background_fill_dark="*primary_400",
-        button_primary_background_fill_hover_dark="*primary_300",
-        button_primary_text_color="white",
-        button_primary_text_color_dark="*primary_950",
-    )
