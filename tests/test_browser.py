@@ -414,6 +414,8 @@ def test_the_scripts_may_come_after_gradio_has_made_the_parts(
     playing(page, "Preview")
 
     opened = streams(page)
+    calls: list[str] = []
+    page.on("request", lambda request: calls.append(request.post_data or ""))
     page.evaluate("calls.forEach((call) => call(Mochi))")  # Gradio makes its parts once more
     playing(page, "Preview")
     expect(page.locator(".m-gallery")).to_have_count(1)
@@ -423,6 +425,8 @@ def test_the_scripts_may_come_after_gradio_has_made_the_parts(
     page.locator("[data-action=reuse]").click()
     expect(page.locator(PROMPT)).to_have_value("a page whose scripts come late")
     assert opened == []
+    assert any("list_jobs" in call for call in calls)
+    assert not any("whoami" in call for call in calls), "it has started twice"
     context.close()
 
 

@@ -43,13 +43,15 @@ test("it is opened again ever later, and soon once it has been there", (t) => {
 });
 
 test("that it is lost is told once, and that it is back", () => {
+  const lost = "Connection lost. Trying to reconnect.";
   stream.follow();
   FakeEventSource.newest.tell({});
   FakeEventSource.newest.fail();
-  assert.deepEqual(told, ["heard", "connection", "Connection lost. Trying to reconnect."]);
+  assert.deepEqual(told, ["heard", "connection", lost]);
   assert.equal(store.live.connected, false);
   stream.follow();
   FakeEventSource.newest.fail();
+  assert.equal(told.filter((text) => text === lost).length, 1);
   stream.follow();
   told.length = 0;
   FakeEventSource.newest.tell({});

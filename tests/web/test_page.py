@@ -18,7 +18,7 @@ from mochi_app.web import ui
 from mochi_app.web.page_files import FOLDER, PAGE_FILES, PageFiles
 from tests.asgi import Web
 
-IMPORT = re.compile(r'^import .*?from "\./([\w.]+)";$', re.MULTILINE | re.DOTALL)
+IMPORT = re.compile(r'^(?:import|export)\b[^;]*"\./([\w.]+)";$', re.MULTILINE)
 SRC = re.compile(r'src="(\./page/[^"]+)"')
 HREF = re.compile(r'href="(\./page/[^"]+)"')
 
