@@ -24,7 +24,7 @@ def address(jobs: Sequence[str] | None = None, pictures: Sequence[str] = (), **m
 
 @dataclass
 class Heard:
-    """What one page knows from its stream, put together as `page.js` does."""
+    """What one page knows from its stream, put together as `page/state.js` does."""
 
     head: dict[str, Any] = field(default_factory=dict)  # the newest event
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)

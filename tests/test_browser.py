@@ -389,6 +389,64 @@ def test_a_lost_connection_is_told_and_mended(open_page: Open, watch: Watch) -> 
     expect(page.locator("#mochi-status")).to_contain_text("Ready")
 
 
+def hold(context: BrowserContext, pattern: str) -> list[sync_api.Route]:
+    """What a context's pages ask for of these addresses, each held until it is continued."""
+    held: list[sync_api.Route] = []
+    context.route(pattern, lambda route: held.append(route))
+    return held
+
+
+def test_the_scripts_may_come_after_gradio_has_made_the_parts(
+    server: str, browser: Browser, watch: Watch
+) -> None:
+    context = browser.new_context()
+    watch.follow(context)
+    context.add_init_script("window.mochiQueue = window.calls = []")
+    held = hold(context, "**/page/*/main.js")
+    page = context.new_page()
+    page.goto(server)
+    page.wait_for_function("calls.length === 4")
+    expect(page.locator(".m-header")).to_have_count(0)
+    for route in held:
+        route.continue_()
+    expect(page.locator("#mochi-status")).to_contain_text("Ready")
+    preview = generate(page, "a page whose scripts come late", Steps=2)
+    playing(page, "Preview")
+
+    opened = streams(page)
+    calls: list[str] = []
+    page.on("request", lambda request: calls.append(request.post_data or ""))
+    page.evaluate("calls.forEach((call) => call(Mochi))")  # Gradio makes its parts once more
+    playing(page, "Preview")
+    expect(page.locator(".m-gallery")).to_have_count(1)
+    expect(page.locator(f"{CARD}[data-job='{preview}'] a")).to_have_attribute(
+        "aria-current", "true"
+    )
+    page.locator("[data-action=reuse]").click()
+    expect(page.locator(PROMPT)).to_have_value("a page whose scripts come late")
+    assert opened == []
+    assert any("list_jobs" in call for call in calls)
+    assert not any("whoami" in call for call in calls), "it has started twice"
+    context.close()
+
+
+def test_the_scripts_may_come_before_gradio_has_made_the_parts(
+    server: str, browser: Browser, watch: Watch
+) -> None:
+    context = browser.new_context()
+    watch.follow(context)
+    held = hold(context, "**/assets/HTML-*.js")
+    page = context.new_page()
+    page.goto(server)
+    page.wait_for_function("window.Mochi")
+    poll(lambda: page.evaluate("1") and held, "a part that is waited for")
+    for route in held:
+        route.continue_()
+    expect(page.locator("#mochi-status")).to_contain_text("Ready")
+    expect(page.locator("#mochi-gallery .m-gallery")).to_be_visible()
+    context.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_narrow_pages_do_not_scroll_sideways(open_page: Open, scheme: str) -> None:
     page = open_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)

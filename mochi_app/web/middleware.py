@@ -46,6 +46,7 @@ GRADIO_PLAIN_READS = re.compile(
     rf"{GRADIO_ASSETS.pattern}|/|/config/?"
     r"|/gradio_api/(info/?|openapi\.json|startup-events|app_id/?|user/?|login_check/?|queue/status)"
 )
+PUBLISHED = re.compile(rf"{GRADIO_ASSETS.pattern}|/page/[^/]+/[^/]+")  # and our own code
 GRADIO_STREAMS = re.compile(r"/gradio_api/(queue/data|heartbeat/[^/]+|call/(v2/)?[^/]+/[^/]+)")
 GRADIO_WRITES = re.compile(
     r"/gradio_api/(queue/join|cancel|reset/?|component_server/?|(run|api)/[^/]+/?"
@@ -114,7 +115,7 @@ class OwnOrigin:
     def _foreign(self, scope: Scope) -> bool:
         headers = Headers(scope=scope)
         method, path = scope.get("method"), scope["path"]
-        if method in ("GET", "HEAD") and GRADIO_ASSETS.fullmatch(path):
+        if method in ("GET", "HEAD") and PUBLISHED.fullmatch(path):
             return False
         site = headers.get("sec-fetch-site")  # the browser's own word: no script can write it
         origin = headers.get("origin")

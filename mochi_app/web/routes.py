@@ -1,4 +1,4 @@
-"""Plain HTTP routes besides Gradio's: probes, metrics, live events, files.
+"""Plain HTTP routes besides Gradio's: probes, metrics, live events, files, the page's scripts.
 
 A file is found by its job's id alone; no path is ever taken from a caller.
 """
@@ -25,6 +25,7 @@ from mochi_app.studio.studio import Studio
 from mochi_app.web.auth import is_stranger
 from mochi_app.web.events import RETRY_SECONDS, STREAM_HEADERS, EventFeed, Listening, Wanted
 from mochi_app.web.hosts import UNSERVED
+from mochi_app.web.page_files import PAGE_FILES
 from mochi_app.web.throttle import address_of
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,14 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
     async def events_head() -> Response:
         """The headers of the stream, without reserving one."""
         return Response(media_type="text/event-stream", headers=STREAM_HEADERS)
+
+    @router.api_route("/page/{version}/{name}", methods=READS)
+    async def page_file(version: str, name: str) -> Response:
+        """A script of the page."""
+        answer = PAGE_FILES.answer(version, name)
+        if answer is None:
+            raise HTTPException(404, "no such file, or another version's: load the page again")
+        return answer
 
     @router.api_route("/files/{job_id}", methods=READS)
     async def video(job_id: str, download: bool = False) -> FileResponse:

@@ -1,13 +1,14 @@
-"""The page: Gradio's components for the form, `page.js` for what is live.
+"""The page: Gradio's components for the form, the scripts of `page/` for what is live.
 
-The form posts to `submit`. Header, panel and history are `gr.HTML` parts that `page.js` fills: it
-follows `/events` and asks the functions of `Calls`. Every rule is the studio's; no handler here
+The form posts to `submit`. Header, panel and history are `gr.HTML` parts that `page/main.js` fills:
+it follows `/events` and asks the functions of `Calls`. Every rule is the studio's; no handler here
 takes a place in Gradio's queue.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.themes.utils import colors
 
 from mochi_app.callers import Caller
 from mochi_app.errors import HistoryError
@@ -31,11 +31,14 @@ from mochi_app.parameters import (
     Number,
     Offer,
     Parameter,
+    Parameters,
     Text,
 )
 from mochi_app.request import RequestError, refuse
 from mochi_app.studio.studio import Studio
 from mochi_app.web.auth import caller_of
+from mochi_app.web.page_files import PAGE_FILES
+from mochi_app.web.theme import theme
 
 HERE = Path(__file__).parent
 
@@ -53,24 +56,6 @@ FILTERS: Mapping[str, Mapping[str, Any]] = {
     "trash": {"deleted": True},
 }
 
-SYSTEM_FONT = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
-MONO_FONT = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
-
-MATCHA = colors.Color(
-    name="matcha",
-    c50="#f2f8f3",
-    c100="#e0efe3",
-    c200="#c2dfc9",
-    c300="#98c8a5",
-    c400="#69aa7c",
-    c500="#468c5d",
-    c600="#33714a",
-    c700="#2a5b3d",
-    c800="#244933",
-    c900="#1e3c2b",
-    c950="#0f2118",
-)
-
 # Every handler of the page: no place in the queue, no entry in the API.
 UNQUEUED: Mapping[str, Any] = {
     "queue": False,
@@ -87,7 +72,7 @@ Answer = Callable[[Any, gr.Request], Awaitable[dict[str, Any]]]
 
 
 def answering(call: Call) -> Answer:
-    """`call` as `page.js` hears it: `{"ok": …}`, or `{"error": …}` when it is refused."""
+    """`call` as `page/server.js` hears it: `{"ok": …}`, or `{"error": …}` when it is refused."""
 
     async def answer(argument: Any, request: gr.Request) -> dict[str, Any]:
         try:
@@ -100,8 +85,8 @@ def answering(call: Call) -> Answer:
 
 
 class Calls:
-    """What `page.js` may ask. Each takes one JSON value, as Gradio's server functions do, and who
-    asks."""
+    """What the page's scripts may ask. Each takes one JSON value, as Gradio's server functions do,
+    and the caller."""
 
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
@@ -175,7 +160,7 @@ class Calls:
 
 
 def submitter(studio: Studio) -> Callable[..., Awaitable[dict[str, Any]]]:
-    """The handler behind Generate: its outcome, for `page.js`. It touches none of the form."""
+    """The handler behind Generate: its outcome, for `page/form.js`. It touches none of the form."""
 
     async def submit(request: gr.Request, *values: Any) -> dict[str, Any]:
         given = dict(zip(FORM_FIELDS, values, strict=True))
@@ -196,19 +181,25 @@ def whole_number(text: Any) -> Any:
     return int(text) if digits else text
 
 
-def live_part(name: str, **options: Any) -> gr.HTML:
-    """A place on the page that `page.js` fills. It may be there before the script or after."""
-    part = f"[{json.dumps(name)}, {{element, server, trigger, props}}]"
+def live_part(name: str, events: tuple[str, ...] = (), **options: Any) -> gr.HTML:
+    """A place on the page that `page/main.js` fills, now or as soon as it has come. The part can
+    trigger `events`, which are then listeners of the component: Gradio takes their names from the
+    script."""
+    triggers = ", ".join(f"{event}: () => trigger('{event}')" for event in events)
+    part = f"{{element, server, props, events: {{{triggers}}}}}"
     return gr.HTML(
         html_template="",
-        js_on_load=f"const part = {part}; /* 'reuse', 'drawn' */"
-        " if (window.Mochi) Mochi.attach(...part);"
-        " else (window.mochiParts ??= []).push(part);",
+        js_on_load=page_call(f"page.attach({json.dumps(name)}, {part})"),
         apply_default_css=False,
         elem_id=f"mochi-{name}",
         elem_classes="m-part",
         **options,
     )
+
+
+def page_call(call: str) -> str:
+    """A script that calls `page` of `page/main.js`, which may not be there yet."""
+    return f"(window.mochiQueue ??= []).push((page) => {call})"
 
 
 def build(studio: Studio) -> None:
@@ -224,28 +215,29 @@ def build(studio: Studio) -> None:
         )
     with gr.Row(elem_id="mochi-work"):
         with gr.Column(scale=2, min_width=320, elem_id="mochi-ask"):
-            inputs = form(studio)
-            live_part("form")
+            fields = form(studio)
+            values = live_part("form", events=("drawn", "reuse"), fields=FORM_FIELDS)
             generate = gr.Button("Generate", variant="primary", size="lg", elem_id="mochi-generate")
         with gr.Column(scale=3, min_width=320):
-            panel = live_part(
+            live_part(
                 "panel",
                 server_functions=Calls(studio).all(),
                 enhance_steps=studio.settings.enhance_steps,
+                details=details(),
             )
     live_part("gallery")
+    inputs = [fields[name] for name in FORM_FIELDS]
     outcome = gr.JSON(visible=False)
+    submitted = f"(outcome) => {{ {page_call('page.submitted(outcome)')} }}"
     generate.click(submitter(studio), inputs, outcome, **UNQUEUED).then(
-        None, [outcome], None, js="(outcome) => window.Mochi.submitted(outcome)", **UNQUEUED
+        None, [outcome], None, js=submitted, **UNQUEUED
     )
-    panel.drawn(
-        None, None, inputs[FORM_FIELDS.index("seed")], js="() => window.Mochi.drawn()", **UNQUEUED
-    )
-    panel.reuse(None, None, inputs, js="() => window.Mochi.reused()", **UNQUEUED)
+    values.drawn(None, None, fields["seed"], js="() => window.Mochi.drawn()", **UNQUEUED)
+    values.reuse(None, None, inputs, js="() => window.Mochi.reused()", **UNQUEUED)
 
 
-def form(studio: Studio) -> list[Any]:
-    """The form's components, in the order of `FORM_FIELDS`."""
+def form(studio: Studio) -> dict[str, Any]:
+    """The form's components by the names of `FORM_FIELDS`."""
     offer = Offer(studio.defaults, studio.settings.preview_steps)
     prompt = gr.Textbox(
         label=ASKED["prompt"].label,
@@ -277,7 +269,7 @@ def form(studio: Studio) -> list[Any]:
         if studio.settings.lora_dir is not None:  # files come and go: look again with each page
             choices = functools.partial(lora_choices, studio.settings.lora_dir)
             gr.on(None, lambda: gr.Dropdown(choices()), None, made["lora"], **UNQUEUED)
-    return [made[name] for name in FORM_FIELDS]
+    return made
 
 
 def field(name: str, declared: Parameter, offer: Offer, lora_dir: Path | None) -> Any:
@@ -304,6 +296,17 @@ def field(name: str, declared: Parameter, offer: Offer, lora_dir: Path | None) -
     raise TypeError(f"{name}: the form has no component for a {type(declared).__name__}")
 
 
+def details() -> list[dict[str, Any]]:
+    """The parameters that a job's details name: `name`, `label`, and the `usual` value with which
+    they do not; None if they always do."""
+    return [
+        {"name": item.name, "label": ASKED[item.name].label, "usual": usual}
+        for item in dataclasses.fields(Parameters)
+        for usual in [item.default if ASKED[item.name].detail == "changed" else None]
+        if ASKED[item.name].detail
+    ]
+
+
 def lora_choices(lora_dir: Path | None) -> list[tuple[str, str]]:
     """Label and name of each LoRA, and of none."""
     return [("None", ""), *((name, name) for name in lora_names(lora_dir))]
@@ -318,42 +321,10 @@ def examples(prompts: tuple[str, ...], prompt: gr.Textbox) -> None:
 
 
 def page_options() -> dict[str, Any]:
-    """Keyword arguments for `gr.mount_gradio_app`: theme, styles, script, icon."""
-    script = (HERE / "page.js").read_text(encoding="utf-8")
+    """Keyword arguments for `gr.mount_gradio_app`: theme, styles, scripts, icon."""
     return {
         "theme": theme(),
         "css_paths": [HERE / "page.css"],
-        "head": f"<script>{script}</script>",
+        "head": PAGE_FILES.head,
         "favicon_path": str(HERE / "favicon.png"),
     }
-
-
-def theme() -> gr.themes.Base:
-    """Calm neutrals, one green, the reader's own fonts."""
-    return gr.themes.Base(
-        primary_hue=MATCHA,
-        secondary_hue=MATCHA,
-        neutral_hue=colors.stone,
-        radius_size="lg",
-        font=SYSTEM_FONT,
-        font_mono=MONO_FONT,
-    ).set(
-        body_background_fill="*neutral_50",
-        body_background_fill_dark="*neutral_950",
-        block_background_fill="white",
-        block_background_fill_dark="*neutral_900",
-        block_border_width="1px",
-        block_shadow="none",
-        body_text_color_subdued="*neutral_500",
-        body_text_color_subdued_dark="*neutral_400",
-        block_info_text_color="*neutral_500",
-        block_info_text_color_dark="*neutral_400",
-        input_placeholder_color="*neutral_500",
-        input_placeholder_color_dark="*neutral_400",
-        button_primary_background_fill="*primary_600",
-        button_primary_background_fill_hover="*primary_700",
-        button_primary_background_fill_dark="*primary_400",
-        button_primary_background_fill_hover_dark="*primary_300",
-        button_primary_text_color="white",
-        button_primary_text_color_dark="*primary_950",
-    )

@@ -4,11 +4,11 @@
                                       [--engine faked|embedded]
                                       [--output benchmark-results/events.json]
 
-One job runs and so many wait. A *visible* page names what `page.js` does: the newest 24 jobs, and
-in its panel the one that runs, with its picture, beside the next one. A *hidden* one looks at its
-job when the server told it to, a *script* names nothing. Each is measured from its opening on,
-which sends the views of all jobs that are named; what that took is told apart, too. Then many
-visible pages listen at a time: the CPU of the server.
+One job runs and so many wait. A *visible* page names what `page/stream.js` does: the newest 24
+jobs, and in its panel the one that runs, with its picture, beside the next one. A *hidden* one
+looks at its job when the server told it to, a *script* names nothing. Each is measured from its
+opening on, which sends the views of all jobs that are named; what that took is told apart, too.
+Then many visible pages listen at a time: the CPU of the server.
 """
 
 from __future__ import annotations

@@ -39,6 +39,8 @@ from tests.asgi import Web, asking, echo
         ("GET", "/assets/index-1.js", {"origin": "http://evil.example"}, True),
         ("GET", "/static/a.js", {"origin": "null", "sec-fetch-site": "cross-site"}, True),
         ("HEAD", "/theme.css", {"origin": "http://evil.example"}, True),
+        ("GET", "/page/0a/main.js", {"origin": "http://gpubox"}, True),
+        ("GET", "/page/0a/", {"origin": "http://evil.example"}, False),
         ("POST", "/assets/index-1.js", {"origin": "http://evil.example"}, False),
         ("GET", "/assets", {"origin": "http://evil.example"}, False),
         ("GET", "/config", {"origin": "http://evil.example"}, False),

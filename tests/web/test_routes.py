@@ -11,6 +11,7 @@ import pytest
 
 from mochi_app import accounts
 from mochi_app.web import events
+from mochi_app.web.page_files import PAGE_FILES
 from tests.serving import Served
 
 SMALL = {"height": 64, "width": 64, "num_frames": 7, "num_inference_steps": 2}
@@ -46,6 +47,8 @@ PATHS = [
     "/gradio_api/login_check",
     "/gradio_api/queue/status",
     "/static/img/logo.svg",
+    f"/page/{PAGE_FILES.version}/main.js",
+    "/page/0/main.js",
     "/files/JOB",
     "/files/JOB?download=true",
     "/files/JOB/poster",
