@@ -4,8 +4,8 @@ import sys
 
 __version__ = "0.1.0"
 
-# Here, as the first line that every command of the project runs: its modules import what only
-# Linux and macOS have.
+# Checked here, before anything else that a command of the project runs: its modules import what
+# only Linux and macOS have.
 if sys.platform == "win32":
     sys.stderr.write(
         "cannot start: Windows is not supported; run Mochi Studio in WSL 2 or Docker\n"

@@ -1,4 +1,4 @@
-"""Start the app: `python -m mochi_app`, or `mochi-studio` where the package is installed."""
+"""Start the app: `python -m mochi_app`, or `mochi-studio` if the package is installed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.parse_args()
     require_temporary_folder()
-    from mochi_app.app import main as serve  # not before: Gradio needs the folder as it is imported
+    from mochi_app.app import main as serve  # not earlier: importing Gradio needs the folder
 
     return serve()
 

@@ -1,7 +1,7 @@
-"""The composition root: all parts of the app, put together and served; nothing runs on import.
+"""The composition root: creates all parts of the app and serves them; nothing runs on import.
 
 settings → history → media → pool → studio → web. The model loads in the slots' own processes, so
-the page answers within seconds, and a request made meanwhile waits its turn.
+the page responds within seconds, and requests made meanwhile wait in the queue.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
             on_stall=queue.restart,
         )
         studio.checks.append(lambda: tickets.problem)
-        async with contextlib.AsyncExitStack() as ending:  # last in, first out, whatever one raises
+        async with contextlib.AsyncExitStack() as ending:  # last in, first out, even if one raises
             ending.push_async_callback(studio.history.close)
             ending.push_async_callback(studio.stop)
             await studio.start()
@@ -125,7 +125,7 @@ def build_web(studio: Studio, ticket_secret: str) -> FastAPI:
 
 
 def add_protection(app: FastAPI, auth: Auth, settings: Settings) -> None:
-    """What every request passes through, from the inside out."""
+    """Add the middleware that every request passes through, from the inside out."""
     for route in app.routes:
         if isinstance(route, Mount) and isinstance(route.app, FastAPI):
             route.app.add_middleware(WholeStreams)
@@ -141,7 +141,7 @@ def add_protection(app: FastAPI, auth: Auth, settings: Settings) -> None:
         )
         app.add_middleware(OwnHost, hosts=hosts, trusted_proxies=settings.trusted_proxies)
     app.add_middleware(OwnOrigin, allowed=settings.allowed_origins, public_url=root.value)
-    app.add_middleware(  # Starlette's own, by which Gradio's, which lets every site in, steps back
+    app.add_middleware(  # Starlette's; with it Gradio's, which allows every site, is not used
         CORSMiddleware,
         allow_origins=settings.allowed_origins,
         allow_methods=["GET", "POST"],
@@ -153,7 +153,7 @@ def add_protection(app: FastAPI, auth: Auth, settings: Settings) -> None:
 
 
 class Server(uvicorn.Server):
-    """Uvicorn that tells the studio of a signal at once, so that open streams can end."""
+    """Uvicorn that notifies the studio of a signal at once, so that open streams can end."""
 
     def __init__(self, config: uvicorn.Config, studio: Studio) -> None:
         super().__init__(config)
@@ -179,7 +179,7 @@ def server_port() -> int:
 
 
 async def serve(settings: Settings, engine_command: Sequence[str] = ENGINE_COMMAND) -> None:
-    """Compose everything and serve until a signal. `engine_command` starts a rank."""
+    """Create everything and serve until a signal. `engine_command` starts a rank."""
     defaults = load_model_defaults(settings)
     history = await History.open(settings.data_dir)
     media = await asyncio.to_thread(MediaStore, settings.data_dir)
@@ -194,8 +194,8 @@ async def serve(settings: Settings, engine_command: Sequence[str] = ENGINE_COMMA
         port=server_port(),
         http=Connection,
         ws="none",
-        backlog=most_connections() // 4,  # so many are accepted before the first is counted
-        log_config=None,  # its lines go the way of ours
+        backlog=most_connections() // 4,  # this many are accepted before the first is counted
+        log_config=None,  # its lines go to our log
         log_level="warning",
         proxy_headers=False,  # a layer of the app reads them
         timeout_graceful_shutdown=CONNECTION_GRACE_SECONDS,

@@ -1,4 +1,4 @@
-"""Work that a cancel of whoever waits for it does not break off."""
+"""Shield work from the cancellation of its waiter."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Result = TypeVar("Result")
 
 
 async def unbroken(work: Coroutine[Any, Any, Result]) -> Result:
-    """Await `work` to its end even when cancelled meanwhile, however often; then raise the cancel.
+    """Await `work` to its end even if cancelled meanwhile, however often; then raise the cancel.
 
-    For what has an owner only when it is done, such as a half spawned child.
+    For work whose result has no owner until it is done, such as spawning a child.
     """
     task = asyncio.create_task(work)
     cancel: asyncio.CancelledError | None = None
@@ -26,15 +26,15 @@ async def unbroken(work: Coroutine[Any, Any, Result]) -> Result:
     if cancel is None:
         return task.result()
     if not task.cancelled():
-        task.exception()  # the cancel is what its caller hears of
+        task.exception()  # retrieved: the caller gets the cancel instead
     raise cancel
 
 
 def to_the_end(
     method: Callable[Params, Coroutine[Any, Any, Result]],
 ) -> Callable[Params, Coroutine[Any, Any, Result]]:
-    """What was begun is done whole, its caller there or not: Gradio cancels a call, wherever it
-    stands, when its caller asks for that."""
+    """Decorator: finish a method even if its caller is gone, since Gradio may cancel a call at any
+    point at its client's request."""
 
     @functools.wraps(method)
     async def whole(*arguments: Params.args, **options: Params.kwargs) -> Result:

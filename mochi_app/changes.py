@@ -1,4 +1,4 @@
-"""`Pulse`: many waiters, one notification."""
+"""`Changes`: many waiters, one notification."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import asyncio
 
 
 class Changes:
-    """Tells everybody who waits that something changed; `count` grows with each beat.
+    """Notifies all waiters that something changed; `count` grows with each beat.
 
-    A waiter that remembers the count it has seen misses nothing between two waits.
+    A waiter that remembers the last count it has seen misses nothing between two waits.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Changes:
         event.set()
 
     async def after(self, count: int) -> int:
-        """Wait until more than `count` beats have been; return their number."""
+        """Wait until there have been more than `count` beats; return their number."""
         while self.count <= count:
             await self._event.wait()
         return self.count

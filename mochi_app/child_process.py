@@ -1,4 +1,4 @@
-"""Child processes: spawned in a session of their own, killed whole, gone with their parent."""
+"""Child processes: each in its own session, killed with all it started, ended with its parent."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from mochi_app.platforms import signal_name
 
 PR_SET_PDEATHSIG = 1
 WATCH_SECONDS = 0.2
-EXIT_GRACE = 1.0  # seconds an exit status may lag behind the end of its channel
-REAP_SECONDS = 3.0  # a process stuck in a driver is left to the kernel after that
+EXIT_GRACE = 1.0  # seconds by which an exit status may lag behind the end of its channel
+REAP_SECONDS = 3.0  # after that, a process stuck in a driver is left to the kernel
 STDERR_TAIL = 20  # lines
-CHUNK = 8192  # bytes read at a time, and kept of a line that does not end
+CHUNK = 8192  # bytes read at a time, and kept of a line without an end
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 
 
 def die_with_parent() -> None:
-    """Have this process killed when its parent dies; leave if it just did.
+    """Have this process killed when its parent dies; exit if it just did.
 
-    Linux's kernel does it. Elsewhere, or where the kernel refuses, a thread watches the parent.
+    On Linux the kernel does it. Elsewhere, or if it refuses, a thread watches the parent.
     """
     parent = os.getppid()
     if not ask_kernel():
@@ -46,7 +46,7 @@ def die_with_parent() -> None:
 
 
 def ask_kernel() -> bool:
-    """Ask for SIGKILL at the parent's death; whether it will come."""
+    """Request SIGKILL at the parent's death; whether that succeeded."""
     try:
         prctl = ctypes.CDLL(None, use_errno=True).prctl
     except (AttributeError, OSError):
@@ -55,8 +55,8 @@ def ask_kernel() -> bool:
 
 
 def watch(parent: int) -> None:
-    """Thread: end this process, and what it has started in a session of its own, when `parent` is
-    its parent no more."""
+    """Thread: kill this process, and its process group if it leads one, when `parent` is no longer
+    its parent."""
     while os.getppid() == parent:
         time.sleep(WATCH_SECONDS)
     if os.getpgrp() == os.getpid():
@@ -65,7 +65,7 @@ def watch(parent: int) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End the process at once, from any thread."""
+    """Exit the process at once, from any thread."""
     sys.stderr.flush()
     os._exit(status)
 
@@ -74,9 +74,9 @@ def leave(status: int) -> NoReturn:
 
 
 class ChildProcess:
-    """A child in a session of its own, and the tail of what it wrote to stderr.
+    """A child in its own session, and the tail of what it wrote to stderr.
 
-    `who` it is for people. Started once; whoever starts it ends it, whatever happens meanwhile.
+    `who` names it for people. Started once; whoever starts it must call `end`, whatever happens.
     """
 
     def __init__(self, who: str) -> None:
@@ -92,17 +92,17 @@ class ChildProcess:
 
     @property
     def returncode(self) -> int | None:
-        """The exit status, negative for a signal; None until it is there."""
+        """The exit status, negative for a signal; None while it runs."""
         return self._process.returncode if self._process else None
 
     @property
     def label(self) -> str:
-        """Which one it is, for people."""
+        """Name and process id, for people."""
         return f"{self._who} (pid {self.pid})"
 
     @property
     def stdout(self) -> asyncio.StreamReader:
-        """What it prints. Of a child that was started with `speaks`."""
+        """What it prints; only for a child that was started with `speaks`."""
         assert self._process is not None
         assert self._process.stdout is not None
         return self._process.stdout
@@ -110,12 +110,11 @@ class ChildProcess:
     async def start(
         self, command: Sequence[str], name: str, *, speaks: bool = False, **options: Any
     ) -> None:
-        """Start the process. A cancel meanwhile waits for it, and kills and reaps it.
+        """Start the process. A cancel meanwhile waits for the spawn, then kills and reaps it.
 
-        What it writes to stderr goes to the log with `name` before each line, and what it prints as
-        well, unless it `speaks`: then that is read from `stdout`. `options` as for `subprocess`.
-        Must run on the loop's own thread: the death signal that a child asks for follows the thread
-        that started it.
+        Its stderr goes to the log with `name` before each line, and so does its stdout, unless it
+        `speaks`: then read it from `stdout`. `options` as for `subprocess`. Must run on the loop's
+        own thread: the death signal that a child asks for follows the thread that started it.
 
         Raises:
             OSError: it could not be started.
@@ -159,13 +158,13 @@ class ChildProcess:
             log.log(level, "%s: %s", name, text)
 
     def kill(self) -> None:
-        """SIGKILL to the process and all that it started in its session."""
+        """Send SIGKILL to the process and to all that it started in its process group."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def wait(self, timeout: float | None = None) -> int | None:
-        """The exit status; None when it is not there within `timeout` seconds."""
+        """The exit status; None if the process does not end within `timeout` seconds."""
         if self._process is None:
             return None
         try:
@@ -175,13 +174,13 @@ class ChildProcess:
             return None
 
     async def last_words(self) -> None:
-        """Give a process that closed its channel a moment to leave its exit status and stderr."""
+        """Give a process that closed its channel a moment for its exit status and stderr."""
         await self.wait(EXIT_GRACE)
         if self._listening is not None:
             await asyncio.wait([self._listening], timeout=EXIT_GRACE)
 
     async def end(self) -> None:
-        """Kill it if it lives, reap it and free its pipes. A cancel meanwhile waits for that."""
+        """Kill it if it is alive, reap it and close its pipes, even if cancelled meanwhile."""
         self.kill()
         await unbroken(self._reap())
 
@@ -191,16 +190,16 @@ class ChildProcess:
         if await self.wait(REAP_SECONDS) is None:
             log.error("%s does not end, even by SIGKILL", self.label)
         if self._listening is not None:
-            # A grandchild that holds the pipe must not hold us.
+            # A grandchild that holds the pipe must not block us.
             await asyncio.wait([self._listening], timeout=EXIT_GRACE)
             self._listening.cancel()
-        # Else it closes itself a few turns of the loop later, which may have ended by then.
+        # Otherwise it closes a few turns of the loop later, when the loop may have ended.
         self._process._transport.close()  # type: ignore[attr-defined]
 
     def ending(self, lacking: str = "") -> str:
-        """How the process ended, for people: its signal, or its exit code and last words.
+        """How the process ended, for people: its signal, or its exit code and last line of stderr.
 
-        `lacking` is what was missed at its end, such as " and no result".
+        `lacking` is what was missing at its end, such as " and no result".
         """
         code = self.returncode
         if code is None:

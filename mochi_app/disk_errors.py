@@ -1,6 +1,6 @@
-"""Which errors of the system are the data folder's, and not of the job that met them.
+"""Which system errors are the data folder's fault, and not that of the job that met them.
 
-Imports nothing of the app: the ranks use it, too.
+Imports nothing from the app: the ranks use it, too.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import errno
 import os
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# Removed, remounted read-only, not allowed, replaced, a server that is gone, a disk that breaks.
-# Not here: what a name or a file of the job's own can cause (ENAMETOOLONG, EINVAL, EISDIR, EFBIG).
+# Removed, remounted read-only, not permitted, replaced, file server gone, disk failing.
+# Not here: what a job's own name or file can cause (ENAMETOOLONG, EINVAL, EISDIR, EFBIG).
 UNUSABLE = (
     errno.EROFS, errno.EPERM, errno.EACCES, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE,
     errno.EIO, errno.ENXIO, errno.ENODEV, errno.EUCLEAN, errno.EREMOTEIO, errno.ENOMEDIUM,
@@ -21,17 +21,17 @@ UNUSABLE = (
 
 
 def full(error: BaseException) -> bool:
-    """Whether the system said that the disk is full."""
+    """Whether the system reported that the disk is full."""
     return isinstance(error, OSError) and error.errno in DISK_FULL
 
 
 def unusable(error: BaseException) -> bool:
-    """Whether the system said that a folder cannot be used now, whatever is done with it."""
+    """Whether the system reported that a folder cannot be used at all now."""
     return isinstance(error, OSError) and error.errno in UNUSABLE
 
 
-def said(text: str, numbers: tuple[int, ...]) -> bool:
-    """Whether a program tells, in the system's words, of one of these errors."""
+def mentions(text: str, numbers: tuple[int, ...]) -> bool:
+    """Whether a program's output has the system's message for one of these errors."""
     return any(os.strerror(number) in text for number in numbers)
 
 

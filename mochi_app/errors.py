@@ -1,11 +1,11 @@
-"""Errors as people read them: on one line, bounded, and without the server's folders."""
+"""Errors formatted for people: on one line, bounded, and without the server's folders."""
 
 from __future__ import annotations
 
 import re
 
 MAX_CHARS = 300
-# A path from the root with a name at its end; not the path of a URL, nor the slash of "and/or".
+# An absolute path that ends in a name; not the path of a URL, nor the slash of "and/or".
 FOLDERS = re.compile(r"(?<![\w:/.])(?:/[^\s/'\":,;]+)+/(?=[^\s/'\":,;])")
 
 
@@ -15,7 +15,7 @@ def without_folders(text: str) -> str:
 
 
 def one_line(error: BaseException, *, paths: bool = False) -> str:
-    """`TypeName: message` on one line and bounded; folders are cut from paths unless `paths`."""
+    """`TypeName: message` on one line, truncated; folders are cut from paths unless `paths`."""
     text = " ".join(str(error).split())
     text = "".join(char for char in text if char.isprintable())
     if not paths:

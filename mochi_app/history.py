@@ -1,4 +1,4 @@
-"""The earlier name of `python -m mochi_app.store`, for one version."""
+"""The former name of `python -m mochi_app.store`, kept for one version."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""What is asked for and what becomes of it: `GenerationRequest`, `Job`, `JobStatus`.
+"""Jobs: `Job`, the life of its `JobStatus`, its id.
 
-Plain data and its rules, below every other module: validation of a request (once, whatever door it
-came through), the life of a status, ids. Nothing here reads files, the clock apart, or the network.
+Plain data and its rules. Nothing here reads files or the network.
 """
 
 from __future__ import annotations
@@ -15,14 +14,8 @@ from enum import StrEnum
 from typing import Any
 
 from mochi_app.callers import ANONYMOUS, Caller
-from mochi_app.request import (
-    DEFAULT_SCHEDULE,
-    Conflict,
-    GenerationRequest,
-    NotYours,
-    refuse,
-    safe_repr,
-)
+from mochi_app.parameters import PARAMETERS, GenerationRequest, Parameters
+from mochi_app.request import Conflict, NotYours, refuse, safe_repr
 
 SCHEMA = 1
 MAX_NOTE_CHARS = 2000
@@ -57,10 +50,11 @@ NEXT: Mapping[JobStatus, frozenset[JobStatus]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One job as it is kept. Times are Unix seconds; `seconds` are durations by stage; `hashes`
-    are SHA-256 of the first latents and of the raw frames.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job(Parameters):
+    """One job as it is kept: its parameters and what became of them. Times are Unix seconds;
+    `seconds` are durations by stage; `hashes` are SHA-256 of the first latents and of the raw
+    frames.
 
     `video` and `poster` are file names inside their folders, set once the file is in place.
     `deaths` says how slots died of the job with no new checkpoint in between, and `checkpoint_at`
@@ -69,28 +63,16 @@ class Job:
     PENDING job waits for a person and takes no turn (`suspects.py`). `deleted_uptime` is the
     history's uptime at the delete: `deleted_at` is for people, as their clock may have been wrong.
     `resumed_step` is the step after which the run went on that made the video. `cancel_requested`
-    says that somebody wants an end of it: whoever finds it not running cancels it.
+    says that a cancel was requested: whoever finds the job not running cancels it.
     """
 
     id: str
     kind: str
-    prompt: str
-    negative_prompt: str
-    seed: int
-    num_inference_steps: int
-    guidance_scale: float
-    height: int
-    width: int
-    num_frames: int
-    fps: int
     submitted_at: float
     schema: int = SCHEMA
     request_id: str | None = None
     batch_id: str | None = None
     parent_id: str | None = None
-    schedule: str = DEFAULT_SCHEDULE
-    lora: str | None = None
-    lora_scale: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
     owner: str = ""
     status: JobStatus = JobStatus.CREATED
@@ -174,7 +156,7 @@ JOB_FIELDS: tuple[str, ...] = tuple(item.name for item in fields(Job))
 
 # What makes two submits with one request_id the same request.
 REQUEST_FIELDS: tuple[str, ...] = tuple(
-    item.name for item in fields(GenerationRequest) if item.name not in ("request_id", "fps")
+    name for name, declared in PARAMETERS.items() if declared.position
 )
 
 

@@ -1,7 +1,7 @@
-"""The log: one line an event, as text or as JSON, with the job and the slot that it is about.
+"""The log: one line per event, as text or as JSON, with the job and the slot that it is about.
 
-What people typed, and what a library prints, cannot forge a line or speak to a terminal: characters
-that do not print are written as escapes.
+What people typed, or a library prints, cannot forge a line or control a terminal: unprintable
+characters are escaped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TextIO
 
 log = logging.getLogger("stderr")
 
-OURS = {"mochi_app", "tests", "__main__"}  # the first part of the names of our loggers
+OURS = {"mochi_app", "tests", "__main__"}  # the first part of our loggers' names
 PACKAGE = Path(__file__).parent
 FORMAT = "%(asctime)s %(levelname)s %(message)s"  # a child's; `level_of` reads it
 LEVEL = re.compile(r"[-\d]{10} [:\d]{8},\d{3} (DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
@@ -33,7 +33,7 @@ _about: ContextVar[Mapping[str, Any]] = ContextVar("about", default={})  # noqa:
 
 @contextmanager
 def about(**fields: Any) -> Iterator[None]:
-    """What is logged inside, in this task and what it starts, is about these: `job`, `slot`."""
+    """Add fields (`job`, `slot`) to what is logged inside, by this task and those it starts."""
     token = _about.set({**_about.get(), **fields})
     try:
         yield
@@ -42,7 +42,7 @@ def about(**fields: Any) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """The text with line feeds, control, direction and other unprintable characters escaped."""
+    """The text with line feeds and control, bidi and other unprintable characters escaped."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
         for char in text
@@ -61,12 +61,12 @@ class Lines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """An object a line: `time` (UTC, ISO 8601), `level`, `logger`, `message`, what it is `about`,
-    and `trace`, a list of lines, where there was an exception."""
+    """One object per line: `time` (UTC, ISO 8601), `level`, `logger`, `message`, the fields of
+    `about`, and `trace`, a list of lines, if there was an exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as JSON."""
-        told: dict[str, Any] = {
+        entry: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
             "logger": record.name,
@@ -74,8 +74,8 @@ class JsonLines(logging.Formatter):
             **_about.get(),
         }
         if lines := trace(record):
-            told["trace"] = lines
-        return json.dumps(told, default=str)
+            entry["trace"] = lines
+        return json.dumps(entry, default=str)
 
 
 def trace(record: logging.LogRecord) -> list[str]:
@@ -87,8 +87,8 @@ def trace(record: logging.LogRecord) -> list[str]:
 
 
 class LoggedLines(io.TextIOBase):
-    """In place of stderr: Gradio prints tracebacks there, with what a caller sent in them. Each
-    line becomes an event of the log."""
+    """Replaces stderr: Gradio prints tracebacks there, which contain what a caller sent. Each line
+    becomes a log event."""
 
     def __init__(self, behind: TextIO) -> None:
         self._behind = behind
@@ -96,8 +96,8 @@ class LoggedLines(io.TextIOBase):
         self._busy = False
 
     def write(self, text: str) -> int:
-        """Log the lines that are whole."""
-        if self._busy:  # logging itself is in trouble, and says so
+        """Log the complete lines."""
+        if self._busy:  # logging itself reports an error
             self._behind.write(printable(text) + "\n")
             return len(text)
         *lines, self._partial = (self._partial + text).split("\n")
@@ -110,23 +110,23 @@ class LoggedLines(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Whole lines are out already."""
+        """Flush the stream behind; complete lines are logged already."""
         self._behind.flush()
 
     def fileno(self) -> int:
-        """What the operating system writes to."""
+        """The descriptor of the stream behind."""
         return self._behind.fileno()
 
 
-class Attentive(logging.Logger):
-    """A logger of a process that lives among libraries: each record goes to the root's handlers,
-    whatever handlers the library has put up, and a library's below ERROR are at debug level, but
-    for what is `heard`: names of packages, in the name of the logger or in the message."""
+class LibraryFilter(logging.Logger):
+    """A logger for a process full of libraries: each record goes to the root's handlers, whatever
+    handlers the library has added, and a library's records below ERROR are moved to debug level,
+    except those of packages in `heard`, named by the logger or in the message."""
 
     heard: ClassVar[set[str]] = set()
 
     def callHandlers(self, record: logging.LogRecord) -> None:
-        """Hand the record on."""
+        """Pass the record to the root's handlers."""
         if self._foreign(record):
             record.levelno, record.levelname = logging.DEBUG, "DEBUG"
             record.msg, record.args = " ".join(record.getMessage().split()), None
@@ -136,39 +136,39 @@ class Attentive(logging.Logger):
         if record.levelno >= logging.ERROR or record.name.split(".")[0] in OURS:
             return False
         text = f"{record.name} {record.getMessage()}"
-        # Warnings of Python name the file that they are about.
+        # Python's warnings name the file that they are about.
         ours = record.name == "py.warnings" and str(PACKAGE) in text
         return not ours and not any(word in text for word in self.heard)
 
 
-def attend(level: str, heard: set[str]) -> None:
-    """Let `Attentive` log what is imported from now on, and the warnings of Python; `level` as in
-    `start_logging`."""
-    Attentive.heard = heard
-    logging.setLoggerClass(Attentive)
+def filter_libraries(level: str, heard: set[str]) -> None:
+    """Use `LibraryFilter` for modules imported from now on, and for Python's warnings. `level` is
+    that of `start_logging`."""
+    LibraryFilter.heard = heard
+    logging.setLoggerClass(LibraryFilter)
     logging.captureWarnings(True)
     for handler in logging.getLogger().handlers:
         handler.setLevel(level.upper())
 
 
 def level_of(line: str) -> int:
-    """The level of a line that a child process wrote: as it says itself, debug for the information
-    and the warnings of native code, as glog and Python print them; else INFO."""
-    if told := LEVEL.match(line):
-        return logging.getLevelNamesMapping()[told[1]]
-    if told := GLOG.match(line):
-        return logging.ERROR if told[1] in "EF" else logging.DEBUG
+    """The level of a line from a child process: the one it states; debug for information and
+    warnings in the formats of glog and Python; else INFO."""
+    if match := LEVEL.match(line):
+        return logging.getLevelNamesMapping()[match[1]]
+    if match := GLOG.match(line):
+        return logging.ERROR if match[1] in "EF" else logging.DEBUG
     return logging.DEBUG if WARNING.match(line) else logging.INFO
 
 
 def log_stderr() -> None:
-    """From now on what is written to stderr is logged; after `start_logging`, once."""
+    """Log what is written to stderr from now on; call once, after `start_logging`."""
     sys.stderr = LoggedLines(sys.stderr)
 
 
 def start_logging(form: str, level: str = "info") -> None:
-    """Log to stderr from now on, as `text` or `json`, what is of this `level` or above; at debug
-    level the app's own events and the warnings of libraries, but not all that libraries tell."""
+    """Log to stderr from now on, as `text` or `json`, at this `level` or above. The debug level
+    includes the app's own events and libraries' warnings, but not libraries' debug output."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else Lines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
@@ -182,7 +182,7 @@ def start_logging(form: str, level: str = "info") -> None:
 
 
 def at_debug_level(record: logging.LogRecord) -> bool:
-    """Filter: a warning of a library is at debug level."""
+    """Filter: move a library's warning to debug level."""
     record.levelno, record.levelname = logging.DEBUG, "DEBUG"
     record.msg, record.args = " ".join(record.getMessage().split()), None
     return logging.getLogger("mochi_app").isEnabledFor(logging.DEBUG)

@@ -1,6 +1,6 @@
-"""The LoRA files of a folder, by name. Owns which files count; what is in them is `engine/lora.py`.
+"""The LoRA files of a folder, by name. Owns which files count; `engine/lora.py` reads them.
 
-Imports no torch, so the web process lists what the engine will find.
+Does not import torch, so the web process can list what the engine will find.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import re
 from pathlib import Path
 
 SUFFIX = ".safetensors"
-# A name begins with neither a dot (hidden files, and the `._` companions that macOS leaves) nor "-"
+# A name starts with neither a dot (hidden files, and the `._` files that macOS leaves) nor "-"
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]*")
 
 
 class LoraError(ValueError):
-    """A LoRA that cannot be used. The message is one line, and names it and the reason.
+    """A LoRA that cannot be used. The message is one line with its name and the reason.
 
-    All ranks of a slot raise it together (`engine/pipeline.py`), so `settled` tells the slot that
-    none of them waits for another.
+    All ranks of a slot raise it together (`engine/pipeline.py`): `settled` means that none of them
+    waits for another.
     """
 
     settled = True
@@ -26,9 +26,9 @@ class LoraError(ValueError):
 def lora_names(folder: Path | None) -> list[str]:
     """Sorted names of the folder's LoRAs: its `*.safetensors` files, without the suffix.
 
-    Not listed: what lies in subfolders, links that lead out of the folder, and names with other
-    characters than ASCII letters, digits, dot, underscore, hyphen and space. Empty for None and
-    for a folder that does not exist.
+    Not listed: files in subfolders, links that lead out of the folder, and names with characters
+    other than ASCII letters, digits, dot, underscore, hyphen and space. Empty for None and for a
+    folder that does not exist.
     """
     if folder is None or not folder.is_dir():
         return []

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mochi_app.codec import Codec
+from mochi_app.parameters import Parameters
 
 MAX_LINE_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Message:
     """Anything on the channel. `epoch` counts the starts of a slot."""
 
@@ -56,26 +57,14 @@ class Configure(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run(Message):
-    """Make one video. Names as in `jobs.Job`; `metadata` goes into the MP4 as it is.
+class Run(Message, Parameters):
+    """Make one video. `metadata` goes into the MP4 as it is.
 
     Every `checkpoint_steps` steps the first rank leaves a checkpoint in the file `checkpoint`, and
     the run goes on from one that is there; an empty path or 0 steps is neither.
     """
 
     job_id: str
-    prompt: str
-    negative_prompt: str
-    seed: int
-    num_inference_steps: int
-    guidance_scale: float
-    height: int
-    width: int
-    num_frames: int
-    fps: int
-    schedule: str = "linear_quadratic"
-    lora: str | None = None
-    lora_scale: float = 1.0
     metadata: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: str = ""
     checkpoint_steps: int = 0

@@ -1,4 +1,4 @@
-"""What a model is asked for when a request does not say: size, length, frame rate, limits."""
+"""A model's defaults for what a request leaves out: size, length, frame rate; and its limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGED_DEFAULTS = Path(__file__).resolve().parent / "defaults" / "genmo--mochi
 
 
 class ModelDefaults(BaseModel):
-    """What a model likes to be asked: sizes in pixels, length in frames, and its limits."""
+    """A model's default parameters, sizes in pixels and length in frames, and its limits."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -33,7 +33,7 @@ def load_model_defaults(settings: Settings) -> ModelDefaults:
     """Defaults of the model: the environment, else the model's folder, else the packaged file.
 
     Raises:
-        SettingsError: a file is not valid, or a default lies outside the model's limits.
+        SettingsError: a file is not valid, or a default is outside the model's limits.
     """
     path = PACKAGED_DEFAULTS
     if settings.model_dir is not None and (settings.model_dir / "mochi_defaults.json").is_file():

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_settings import NoDecode
@@ -142,5 +142,6 @@ def addresses(value: str) -> str:
     return value.strip()
 
 
+Dtype = Literal["auto", "float32", "bfloat16"]
 Steps = Annotated[int, Field(ge=2, le=512)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]

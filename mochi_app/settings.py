@@ -8,13 +8,14 @@ Nothing else in the project reads the environment, except Gradio for its own var
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mochi_app.files import embedded_model
 from mochi_app.setting_types import (
+    Dtype,
     Hosts,
     Origins,
     Seconds,
@@ -121,21 +122,18 @@ class Settings(BaseSettings):
     backups_kept: int = Field(
         default=7, ge=1, description="Backups of the history to keep; older ones are removed."
     )
-    dtype: str = Field(
+    dtype: Dtype = Field(
         default="auto",
-        pattern="^(auto|float32|bfloat16)$",
         description="Type of weights and arithmetic: `float32`, `bfloat16` or `auto`, which is "
         "bfloat16 on a GPU and float32 on a CPU.",
     )
-    text_dtype: str = Field(
+    text_dtype: Dtype = Field(
         default="auto",
-        pattern="^(auto|float32|bfloat16)$",
         description="Type of the text encoder: `auto` is float32, as the model's authors run it; "
         "`bfloat16` halves its memory on the first rank.",
     )
-    vae_dtype: str = Field(
+    vae_dtype: Dtype = Field(
         default="auto",
-        pattern="^(auto|float32|bfloat16)$",
         description="Type of the decoder: `auto` is that of `MOCHI_DTYPE`.",
     )
     attention: str = Field(
@@ -155,16 +153,14 @@ class Settings(BaseSettings):
         default=False,
         description="Compile the transformer's blocks: adds minutes to the first job.",
     )
-    quantization: str = Field(
+    quantization: Literal["none", "fp8", "int8"] = Field(
         default="none",
-        pattern="^(none|fp8|int8)$",
         description="Keep the transformer's weights in 8 bits: `fp8` (cast at each layer) or "
         "`int8` (needs the package torchao): about 64 % and 51 % of their size in bfloat16. "
         "Frames differ slightly.",
     )
-    offload: str = Field(
+    offload: Literal["none", "model", "group"] = Field(
         default="none",
-        pattern="^(none|model|group)$",
         description="For one small GPU: keep idle parts of the model in host memory, as whole "
         "components (`model`) or block by block (`group`).",
     )
@@ -210,13 +206,11 @@ class Settings(BaseSettings):
 
     log_format: str = Field(
         default="text",
-        pattern="^(text|json)$",
         description="Log format: `text`, or `json` for one object per line.",
     )
 
-    log_level: str = Field(
+    log_level: Literal["debug", "info", "warning"] = Field(
         default="info",
-        pattern="^(debug|info|warning)$",
         description="Log level: `debug` includes warnings from libraries; `warning` shows only "
         "what may need attention.",
     )

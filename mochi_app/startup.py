@@ -1,4 +1,4 @@
-"""What must be there before the app's own libraries can be imported."""
+"""Checks that must pass before the app's libraries can be imported."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import tempfile
 
 
 def require_temporary_folder() -> None:
-    """End the program, with one line, where nothing temporary can be written: Gradio asks for such
-    a folder as it is imported.
+    """Exit with a one-line message if there is no writable temporary folder, which Gradio needs
+    when it is imported.
 
     Raises:
         SystemExit: status 2.

@@ -1,10 +1,9 @@
-"""What a video tells of itself, a second time: as XMP in a box of its own at the end of the MP4.
+"""A second copy of a video's metadata: XMP in its own box at the end of the MP4.
 
-Services that pass videos on blank the tags in `moov/udta`, where `engine/encode.py` puts the
-request for players to see; a top-level `uuid` box comes back as it was. Such a box is where XMP's
-specification (part 3, storage in files) has it in an MPEG-4: other programs read the description,
-and that the video is a model's work. Owns the box, the packet in it and their reading; nothing here
-trusts a file.
+Services that forward videos blank the tags in `moov/udta`, where `engine/encode.py` puts the
+request for players to show; a top-level `uuid` box survives. XMP's specification (part 3, storage
+in files) puts it there in an MPEG-4, so other programs can read the description, and that a model
+made the video. Owns writing and reading the box and the packet in it; no file is trusted.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from xml.sax.saxutils import escape
 XMP_UUID = UUID("be7acfcb-97a9-42e8-9c71-999491e3afac").bytes
 OUR_NAMESPACE = "urn:mochi-studio:request:1.0#"
 PROPERTY = "json"
-ASCII_COMMENT = b"ASCII\0\0\0"  # begins a user comment in the EXIF of a poster
-# From the controlled vocabulary of the IPTC: what a model made from scratch.
+ASCII_COMMENT = b"ASCII\0\0\0"  # prefix of a user comment in the EXIF of a poster
+# From the IPTC's controlled vocabulary: media created entirely by a model.
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-MAX_PACKET_BYTES = 1 << 20  # read; of ours, 96 KiB of JSON grow at most fivefold by escapes
-MAX_BOXES = 10_000  # looked at; a file that is streamed in pieces has two for each
+MAX_PACKET_BYTES = 1 << 20  # read; our 96 KiB of JSON grow at most fivefold by escapes
+MAX_BOXES = 10_000  # read; a fragmented file has two per fragment
 
 PACKET = """\
 <?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
@@ -48,12 +47,12 @@ PACKET = """\
 
 
 class XmpError(ValueError):
-    """A packet is not one that can be read."""
+    """A packet cannot be read."""
 
 
 def box(prompt: str, request: str) -> bytes:
     """The box for the end of an MP4. `request` is JSON in ASCII; `prompt` is for other programs,
-    and loses what XML has no way to write."""
+    without the characters that XML cannot represent."""
     packet = PACKET.format(
         namespace=OUR_NAMESPACE,
         property=PROPERTY,
@@ -65,13 +64,13 @@ def box(prompt: str, request: str) -> bytes:
 
 
 def writable(text: str) -> str:
-    """The text with a blank for each character that XML 1.0 cannot have."""
+    """The text with a space for each character that XML 1.0 does not allow."""
     return "".join(char if may_be_written(ord(char)) else " " for char in text)
 
 
 def may_be_written(code: int) -> bool:
-    """Whether XML 1.0 has this character (section 2.2). A carriage return it has, but every parser
-    makes a line feed of it."""
+    """Whether XML 1.0 preserves this character (section 2.2). A carriage return is allowed, but
+    every parser turns it into a line feed."""
     return (
         code in (0x9, 0xA)
         or 0x20 <= code <= 0xD7FF
@@ -81,8 +80,8 @@ def may_be_written(code: int) -> bool:
 
 
 def read_requests(path: Path) -> Iterator[str]:
-    """What this app left in the XMP boxes of a file, in their order; nothing where a file has none,
-    or is no MP4.
+    """What this app wrote into the XMP boxes of a file, in order; nothing if it has none, or is not
+    an MP4.
 
     Raises:
         OSError: it cannot be read.
@@ -97,7 +96,7 @@ def read_requests(path: Path) -> Iterator[str]:
 
 def packets(file: BinaryIO) -> Iterator[bytes]:
     """The XMP packets in the top-level boxes of an MP4 (ISO 14496-12, 4.2), none longer than
-    `MAX_PACKET_BYTES`. Sizes are believed only as far as the file goes."""
+    `MAX_PACKET_BYTES`. Stops at a size that exceeds the file."""
     end = file.seek(0, os.SEEK_END)
     start = 0
     for _ in range(MAX_BOXES):
@@ -121,12 +120,12 @@ def packets(file: BinaryIO) -> Iterator[bytes]:
 
 
 def requests_of(packet: bytes) -> list[str]:
-    """Our property's values in a packet, be they elements or attributes, as other programs may have
-    written them anew.
+    """Our property's values in a packet, as elements or attributes, since other programs may have
+    rewritten it.
 
     Raises:
-        XmpError: it is no well-formed XML, or declares types or entities, which no XMP does and
-            which can make a short text a long one.
+        XmpError: not well-formed XML, or it declares types or entities, which XMP never does and
+            which can expand a short text into a long one.
     """
     name = f"{OUR_NAMESPACE} {PROPERTY}"
     found: list[str] = []
@@ -166,7 +165,7 @@ def requests_of(packet: bytes) -> list[str]:
 
 
 def parse_request(text: str) -> dict[str, object] | None:
-    """The JSON object in a text, None where there is none."""
+    """The JSON object in a text; None if there is none."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):

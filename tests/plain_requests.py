@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mochi_app.model_defaults import ModelDefaults
-from mochi_app.request import GenerationRequest
+from mochi_app.parameters import GenerationRequest
 
 DEFAULTS = ModelDefaults(
     height=480,

@@ -14,12 +14,14 @@ import pytest
 from pydantic.fields import FieldInfo
 
 from mochi_app.files import PROJECT_DIR
+from mochi_app.parameters import ASKED
 from mochi_app.settings import ENV_PREFIX, Settings
 from tests.faults.__main__ import table as fault_table
 from tests.serving import Served
 
 DOCS = PROJECT_DIR / "docs"
 SETTINGS = DOCS / "settings.md"
+API = DOCS / "api.md"
 DOCUMENTS = [
     *sorted(PROJECT_DIR.glob("*.md")),
     *sorted(DOCS.glob("*.md")),
@@ -53,6 +55,14 @@ def settings_table() -> str:
         for name, field in Settings.model_fields.items()
     ]
     return "\n".join(["| variable | default | what it does |", "| --- | --- | --- |", *rows])
+
+
+def parameters_table() -> str:
+    """The table of a request's parameters, made from their declarations, in the API's order."""
+    asked = [(name, declared) for name, declared in ASKED.items() if declared.position]
+    asked.sort(key=lambda item: item[1].position or 0)
+    rows = [f"| `{name}` | {declared.help} |" for name, declared in asked]
+    return "\n".join(["| parameter | what it is |", "| --- | --- |", *rows])
 
 
 def section(path: Path, name: str) -> str:
@@ -112,6 +122,10 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def test_the_settings_table_is_the_declarations() -> None:
     assert section(SETTINGS, "settings") == settings_table(), "python -m tests.test_docs writes it"
+
+
+def test_the_parameters_table_is_the_declarations() -> None:
+    assert section(API, "parameters") == parameters_table(), "python -m tests.test_docs writes it"
 
 
 def test_the_readmes_settings_are_rows_of_the_table() -> None:
@@ -187,10 +201,15 @@ def test_the_shell_example_runs(app: Served, tmp_path: Path) -> None:
     assert app.call("list_jobs", query="yellow ring")["total"] == 1
 
 
-if __name__ == "__main__":
-    before, rest = SETTINGS.read_text(encoding="utf-8").split("<!-- settings -->\n")
-    after = rest.split("<!-- /settings -->")[1]
-    SETTINGS.write_text(
-        f"{before}<!-- settings -->\n{settings_table()}\n<!-- /settings -->{after}",
-        encoding="utf-8",
+def rewrite(path: Path, name: str, content: str) -> None:
+    """Put `content` between `<!-- name -->` and `<!-- /name -->` in a document."""
+    before, rest = path.read_text(encoding="utf-8").split(f"<!-- {name} -->\n")
+    after = rest.split(f"<!-- /{name} -->")[1]
+    path.write_text(
+        f"{before}<!-- {name} -->\n{content}\n<!-- /{name} -->{after}", encoding="utf-8"
     )
+
+
+if __name__ == "__main__":
+    rewrite(SETTINGS, "settings", settings_table())
+    rewrite(API, "parameters", parameters_table())

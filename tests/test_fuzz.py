@@ -18,7 +18,8 @@ from mochi_app import accounts, messages
 from mochi_app.accounts import Account, AccountsError, PasswordHash
 from mochi_app.codec import ProtocolError
 from mochi_app.model_defaults import ModelDefaults
-from mochi_app.request import GenerationRequest, RequestError
+from mochi_app.parameters import GenerationRequest
+from mochi_app.request import RequestError
 from mochi_app.settings import load_settings
 from mochi_app.store.metadata import parse_ffmetadata
 from mochi_app.web import auth, middleware

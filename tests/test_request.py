@@ -12,13 +12,13 @@ from mochi_app.engine.schedule import SCHEDULES
 from mochi_app.jobs import (
     Job,
 )
-from mochi_app.request import (
+from mochi_app.parameters import (
     MAX_STEPS,
     MIN_STEPS,
     SCHEDULE_STEPS,
     GenerationRequest,
-    RequestError,
 )
+from mochi_app.request import RequestError
 from tests.plain_requests import validate
 
 

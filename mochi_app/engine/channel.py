@@ -32,7 +32,7 @@ class Channel:
         self.epoch = 0
 
     def send(self, message: Message) -> None:
-        """Write one message with this process's epoch; a parent that is gone ends the process."""
+        """Send one message with this process's epoch; exit if the parent is gone."""
         line = encode(replace(message, epoch=self.epoch))
         try:
             with self._lock:
@@ -44,7 +44,7 @@ class Channel:
         """The next command; None when the parent has closed its end.
 
         Raises:
-            ProtocolError: the line is no message, or longer than `MAX_LINE_BYTES`.
+            ProtocolError: the line is not a message, or is longer than `MAX_LINE_BYTES`.
         """
         try:
             line = self._lines.readline(MAX_LINE_BYTES + 1)
@@ -58,7 +58,7 @@ class Channel:
 
 
 class Inbox:
-    """Commands between the reader and the main thread: jobs in order, and which are cancelled."""
+    """Passes commands from the reader to the main thread: jobs in order, and cancels."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -67,10 +67,10 @@ class Inbox:
         self._cancelled: set[str] = set()
 
     def put(self, command: Message) -> None:
-        """Take in one command of the parent.
+        """Queue one command from the parent.
 
         Raises:
-            ProtocolError: a rank does not take such a message.
+            ProtocolError: the message is not a command for a rank.
         """
         with self._changed:
             if isinstance(command, Run | Shutdown):
@@ -94,11 +94,11 @@ class Inbox:
             return command
 
     def cancelled(self) -> bool:
-        """Whether the current job is to stop."""
+        """Whether the current job was cancelled."""
         return self._current in self._cancelled
 
     def finish(self) -> None:
-        """The current job is over: a cancel that comes now is too late and means nothing."""
+        """End the current job; a cancel that arrives later is ignored."""
         with self._changed:
             if self._current is not None:
                 self._cancelled.discard(self._current)

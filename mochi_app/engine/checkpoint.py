@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from mochi_app import __version__
 from mochi_app.files import fsync, sync
 from mochi_app.messages import Configure, Run
+from mochi_app.parameters import PARAMETERS
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +39,8 @@ FORMAT = 1
 TENSOR = "latents"
 # A disk that hangs must not hold a job for long: the slot would be killed for it.
 WRITE_SECONDS = 10.0
-# What the latents depend on, of a request
-ASKED = (
-    "job_id", "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale",
-    "height", "width", "num_frames", "schedule", "lora", "lora_scale",
-)  # fmt: skip
+# What the latents depend on: of a request, whatever was asked for
+ASKED = ("job_id", *(name for name, declared in PARAMETERS.items() if declared.position))
 # ... and of a rank's configuration, beside its model and types
 CONFIGURED = ("attention", "cache_threshold", "compile", "quantization", "offload", "world_size")
 

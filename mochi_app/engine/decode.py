@@ -1,12 +1,12 @@
-"""Latents to video, the tiles of a frame dealt over the ranks of a group.
+"""Decode latents to video, with the tiles of a frame distributed over the ranks of a group.
 
-Owns the deal and the transport of tiles; the VAE decodes a tile and blends two, so the result is
-that of `vae.decode` on one process, bit for bit. It does not own the group, and it does not scale
-latents (`pipeline.py`).
+Owns the assignment and transport of tiles; the VAE decodes each tile and blends neighbours, so the
+result is bit-identical to `vae.decode` on one process. It does not own the group, and it does not
+scale latents (`pipeline.py`).
 
-The tiles go in rounds of one tile a rank, largest first, so that the tiles of a round take about
-equally long. After its tile a rank sends it to the first rank, and so never holds two. Nothing is
-under way between rounds: there, and only there, the ranks can agree to stop.
+Tiles are decoded in rounds of one tile per rank, largest first, so that the tiles of a round take
+about the same time. A rank sends each tile to the first rank before it decodes the next, so it
+never holds two. Nothing is in flight between rounds: only there can the ranks agree to stop.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Between = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A part of the frame, of all frames: its place in the grid, and in the latents in cells."""
+    """A region of all frames: its place in the grid, and its bounds in latent cells."""
 
     row: int
     column: int
@@ -33,18 +33,18 @@ class Tile:
     width: int
 
     def cut(self, latents: torch.Tensor) -> torch.Tensor:
-        """Its latents (1, 12, T, height, width), a view of (1, 12, T, h, w)."""
+        """The tile's latents (1, 12, T, height, width), a view of (1, 12, T, h, w)."""
         bottom, right = self.top + self.height, self.left + self.width
         return latents[:, :, :, self.top : bottom, self.left : right]
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a video is decoded: its tiles, row by row; one tile is the whole.
+    """How a video is decoded: its tiles, row by row; a single tile covers the whole frame.
 
     A decoded tile has shape (1, 3, `frames`, height · `scale`, width · `scale`). `size`, `stride`
-    and `blend` are (height, width) in pixels: of the frame, of what a tile adds to it, and of what
-    a tile shares with the one before.
+    and `blend` are (height, width) in pixels: of the frame, of what each tile adds to it, and of a
+    tile's overlap with the previous one.
     """
 
     tiles: tuple[Tile, ...]
@@ -70,7 +70,7 @@ class Tiling:
 
 
 def plan_tiles(vae: AutoencoderKLMochi, shape: torch.Size | tuple[int, ...]) -> Tiling:
-    """How `vae`, with its present settings, decodes latents of `shape` (1, 12, T, h, w).
+    """How `vae`, with its current settings, decodes latents of `shape` (1, 12, T, h, w).
 
     The grid is that of `AutoencoderKLMochi.tiled_decode`; nothing is computed.
 
@@ -124,19 +124,19 @@ def decode(
 ) -> torch.Tensor | None:
     """Decode the video (1, 3, F, H, W) on the first rank of `group`; None on the others.
 
-    Every rank of the group calls it, with the same weights, settings and `latents`
-    (1, 12, T, h, w), scaled as for `vae.decode`. Without a group this process does it all; mind
-    that for torch's own functions None is the group of all ranks. The group's backend must carry
-    tensors of the device of `latents`.
+    Every rank of the group must call it with the same weights, settings and `latents`
+    (1, 12, T, h, w), scaled as for `vae.decode`. Without a group this process decodes everything
+    (unlike in torch.distributed, where None is the group of all ranks). The group's backend must
+    support tensors on the device of `latents`.
 
     `between(done, total)` is called before the first round and after each, with the number of tiles
-    decoded by all ranks: equally often and with equal numbers on every rank, idle ones included. If
-    it raises, it must do so in the same call on all; the group is then free for other work. An
-    error of one rank inside a round leaves the first one waiting for its tile.
-    On a GPU the work of a round may only be queued by then: `between` waits for the device.
+    decoded by all ranks: as often and with the same numbers on every rank, idle ones included. If
+    it raises, it must raise in the same call on all; the group can then be reused. An error on one
+    rank within a round leaves the first rank waiting for its tile.
+    On a GPU the work of a round may only be queued by then: `between` must wait for the device.
 
     Raises:
-        ValueError: latents of another shape, or a process that is not of the group.
+        ValueError: latents of another shape, or a process outside the group.
     """
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
     if rank < 0:
@@ -162,8 +162,8 @@ def decode(
 def decode_tile(vae: AutoencoderKLMochi, latents: torch.Tensor) -> torch.Tensor:
     """One tile, from (1, 12, T, h, w) to (1, 3, F, 8h, 8w).
 
-    `vae.decode` cuts nothing up that is no larger than a tile, and does the rest (frame by frame,
-    dropped frames) as it does in a tile of its own.
+    `vae.decode` does not split what is no larger than a tile, and does the rest (frame by frame,
+    dropped frames) as in its own tiling.
     """
     sample: torch.Tensor = vae.decode(latents, return_dict=False)[0]
     return sample
@@ -172,7 +172,8 @@ def decode_tile(vae: AutoencoderKLMochi, latents: torch.Tensor) -> torch.Tensor:
 def receive(
     tiles: tuple[Tile, ...], tiling: Tiling, like: torch.Tensor, group: dist.ProcessGroup | None
 ) -> dict[Tile, torch.Tensor]:
-    """The decoded tiles of ranks 1, 2 and so on of the group, of the type and device of `like`."""
+    """Receive the decoded tiles of group ranks 1, 2 and so on, in the dtype and on the device of
+    `like`."""
     samples = {}
     for sender, tile in enumerate(tiles, start=1):
         samples[tile] = like.new_empty(tiling.sample_shape(tile))
@@ -181,7 +182,7 @@ def receive(
 
 
 def global_rank(group: dist.ProcessGroup | None, rank: int) -> int:
-    """The rank among all processes, which point-to-point calls want, of `rank` in the group."""
+    """The global rank, which point-to-point calls expect, of `rank` in the group."""
     assert group is not None, "one process alone neither sends nor receives"
     return dist.get_global_rank(group, rank)
 
@@ -189,10 +190,10 @@ def global_rank(group: dist.ProcessGroup | None, rank: int) -> int:
 def assemble(
     vae: AutoencoderKLMochi, tiling: Tiling, samples: Mapping[Tile, torch.Tensor]
 ) -> torch.Tensor:
-    """The whole sample (1, 3, F, H, W) of its decoded tiles, which are changed by it.
+    """Assemble the decoded tiles, modified in place, into the whole sample (1, 3, F, H, W).
 
-    A tile is blended, in place, with the tile above, which is blended already, and then with the
-    one to its left: in another order the numbers are others.
+    A tile is blended with the already blended tile above it, then with the one to its left; another
+    order would give different numbers.
     """
     if tiling.count == 1:
         return samples[tiling.tiles[0]]
@@ -206,5 +207,5 @@ def assemble(
         part = sample[:, :, :, : tiling.stride[0], : tiling.stride[1]]
         rows.setdefault(row, []).append(part)
     whole = torch.cat([torch.cat(parts, dim=4) for parts in rows.values()], dim=3)
-    # strides that are no multiple of a cell add up to more than the frame
+    # strides that are not a multiple of a cell add up to more than the frame
     return whole[:, :, :, : tiling.size[0], : tiling.size[1]]

@@ -1,4 +1,4 @@
-"""Frames to an H.264 MP4 and a WebP poster, with the request inside both.
+"""Write frames as an H.264 MP4 and a WebP poster, with the request embedded in both.
 
 Owns the encoder's options and how metadata is put into the file. It does not own where files end
 up: `store/media.py` puts them in place, and `store/metadata.py` reads the metadata back. numpy in,
@@ -35,7 +35,7 @@ TIMEOUT_SECONDS = 600
 
 
 class EncodeError(RuntimeError):
-    """The video could not be written: the encoder's own words, or what was wrong with its input."""
+    """The video could not be written. The message is ffmpeg's, or says why the input is bad."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def comment(metadata: Mapping[str, Any]) -> str:
     """`metadata` as the MP4's comment: one line of ASCII JSON.
 
     Raises:
-        EncodeError: it is no JSON, or longer than `MAX_COMMENT_BYTES`.
+        EncodeError: it cannot be JSON, or is longer than `MAX_COMMENT_BYTES`.
     """
     try:
         text = json.dumps(dict(metadata), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
@@ -62,7 +62,7 @@ def comment(metadata: Mapping[str, Any]) -> str:
 
 
 def title(prompt: str) -> str:
-    """`prompt` as a player may show it: one line, no control characters, bounded.
+    """`prompt` as a title for players: one line, no control characters, bounded.
 
     The exact prompt is in the comment.
     """
@@ -82,13 +82,13 @@ def save(
 ) -> Output:
     """Write `<job_id>.mp4` and `<job_id>.webp` (its middle frame) into `folder`.
 
-    Both are written under temporary names first, so a file of the final name is a whole one.
+    Both are written under temporary names first, so a file with its final name is complete.
 
     Args:
         frames: RGB, shape (F, H, W, 3); H and W even.
-        folder: created if need be.
-        fps: frames a second.
-        metadata: JSON-ready; lands in the video's comment and XMP, and in the poster's EXIF.
+        folder: created if missing.
+        fps: frames per second.
+        metadata: JSON-ready; stored in the video's comment and XMP, and in the poster's EXIF.
 
     Raises:
         EncodeError: metadata that does not fit, or a failure of the encoder.
@@ -96,11 +96,11 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     output = Output(video=f"{job_id}.mp4", poster=f"{job_id}.webp")
-    # The suffixes stay what they are: ffmpeg and Pillow go by them.
+    # Keep the suffixes: ffmpeg and Pillow choose the format by them.
     video, poster = folder / f"tmp-{output.video}", folder / f"tmp-{output.poster}"
     write_video(frames, video, fps=fps, prompt=prompt, metadata=metadata)
     write_poster(frames[len(frames) // 2], poster, prompt=prompt, metadata=metadata)
-    for path in (video, poster):  # whole under its final name, even after a power cut
+    for path in (video, poster):  # complete under its final name even after a power cut
         fsync(path)
     poster.replace(folder / output.poster)
     video.replace(folder / output.video)
@@ -112,12 +112,12 @@ def write_video(
 ) -> None:
     """Encode `frames`, RGB of shape (F, H, W, 3), as H.264 yuv420p in an MP4 at `path`.
 
-    Starts ffmpeg itself: `imageio_ffmpeg.write_frames` drops the exit status, and a disk that fills
-    up while the file is finished would look like success.
+    Runs ffmpeg directly: `imageio_ffmpeg.write_frames` drops the exit status, so a disk that fills
+    up while the file is finalised would look like success.
 
     Raises:
-        EncodeError: with the last words of ffmpeg.
-        OSError: the disk takes no more when the video is encoded.
+        EncodeError: ffmpeg failed; the message ends with its output.
+        OSError: the XMP cannot be appended to the encoded video.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
         raise EncodeError(
@@ -139,7 +139,7 @@ def write_video(
         ) from None
     except subprocess.TimeoutExpired:
         raise EncodeError(f"ffmpeg did not end within {TIMEOUT_SECONDS} s") from None
-    with path.open("ab") as file:  # after all else, so that what plays stays where it is
+    with path.open("ab") as file:  # at the end, so that no media offset changes
         file.write(xmp.box(prompt, comment(metadata)))
 
 
@@ -162,7 +162,7 @@ def _command(size: tuple[int, int], path: Path, fps: int, title: str, comment: s
     """ffmpeg's command line: raw RGB on stdin, an MP4 for browsers at `path`."""
     height, width = size
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps)]
-    # Colours are converted to BT.709 and labelled so: no player has to guess the matrix.
+    # Colours are converted to BT.709 and labelled as such: no player has to guess the matrix.
     convert = (
         "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int,"
         "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
@@ -179,6 +179,6 @@ def _command(size: tuple[int, int], path: Path, fps: int, title: str, comment: s
     ]  # fmt: skip
 
 
-def _tail(said: bytes, limit: int = 400) -> str:
-    """The end of what ffmpeg said, on one line."""
-    return " ".join(said.decode("utf-8", "replace").split())[-limit:]
+def _tail(output: bytes, limit: int = 400) -> str:
+    """The end of ffmpeg's output, on one line."""
+    return " ".join(output.decode("utf-8", "replace").split())[-limit:]

@@ -11,7 +11,7 @@ from mochi_app.messages import Configure
 
 @dataclass(frozen=True, slots=True)
 class MemoryBudget:
-    """What fits the GPUs of a slot by its plan; `memory` of one in bytes."""
+    """What fits a slot's GPUs according to the plan. `memory` is one GPU's, in bytes."""
 
     config: Configure
     precision: Precision
@@ -19,15 +19,15 @@ class MemoryBudget:
 
     @property
     def known(self) -> bool:
-        """Whether a plan can tell: not of offloaded or quantised weights, or without a size."""
+        """Whether the plan applies: not to offloaded or quantised weights, or without a size."""
         usual = (self.config.offload, self.config.quantization) == ("none", "none")
         return usual and self.config.height > 0
 
     def check_start(self) -> None:
-        """Before anything is loaded.
+        """Check the default video before anything is loaded.
 
         Raises:
-            LoadError: the default video does not fit, with the plan's figures.
+            LoadError: it does not fit; the message has the plan's figures.
         """
         config = self.config
         if problem := self._problem(config.height, config.width, config.num_frames):
@@ -35,9 +35,9 @@ class MemoryBudget:
             raise LoadError(f"{problem}; {advice}")
 
     def problem(self, height: int, width: int, num_frames: int) -> str:
-        """Why a video cannot be made here; empty when it can. One that is no larger than the
-        default one in any dimension can: the slot has started. More frames of fewer pixels may not,
-        because decoding needs memory by frames and the area of a tile."""
+        """Why a video does not fit this slot; empty if it does. One that is no larger than the
+        default in any dimension fits, since the slot has started. More frames of fewer pixels may
+        not, because decoding needs memory in proportion to frames and tile area."""
         usual = (self.config.height, self.config.width, self.config.num_frames)
         size = (height, width, num_frames)
         if all(asked <= default for asked, default in zip(size, usual, strict=True)):

@@ -1,8 +1,8 @@
-"""The ranks of one slot as one of them sees the others: rendezvous, agreement, text, meshes.
+"""The ranks of one slot, as seen from one of them: rendezvous, agreement, broadcasts, meshes.
 
-Owns the process group. GPUs talk over NCCL, with gloo beside it for what lies in host memory (the
-agreements); CPU ranks talk over gloo alone. Ranks find each other through a file of their slot, so
-no port is fixed and nothing listens beyond loopback.
+Owns the process group. GPUs use NCCL, plus gloo for tensors in host memory (the agreements); CPU
+ranks use gloo alone. Ranks find each other through a file of their slot, so no port is fixed and
+nothing listens beyond loopback.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from mochi_app.engine.parallel import CFG, SP, mesh_shape
 from mochi_app.platforms import loopback
 
-# Of every group, those of the meshes included: the slot has the deadlines and kills what hangs; a
-# rank that waits for a slow peer does no harm.
+# For every group, the meshes' included: the slot has the deadlines and kills what hangs; a rank
+# that waits for a slow peer does no harm.
 GROUP_TIMEOUT = timedelta(days=1)
 
 
 class Ranks:
-    """All ranks of the slot. Alone (`size` 1) every method is free of communication."""
+    """All ranks of the slot. With `size` 1 no method communicates."""
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank = rank
@@ -34,7 +34,7 @@ class Ranks:
 
     @classmethod
     def join(cls, rank: int, size: int, rendezvous: str, device: torch.device) -> Ranks:
-        """Wait for all `size` ranks at the file `rendezvous`, which must not exist before."""
+        """Wait for all `size` ranks at the file `rendezvous`, new for each start."""
         if size == 1:
             return cls(device=device)
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -52,7 +52,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this rank speaks for the slot: it reads text and writes the video."""
+        """Whether this rank acts for the slot: it encodes text, reports and writes the video."""
         return self.rank == 0
 
     @property
@@ -61,7 +61,7 @@ class Ranks:
         return dist.group.WORLD if self.size > 1 else None
 
     def mesh(self, shape: tuple[int, int]) -> DeviceMesh | None:
-        """All ranks as (cfg, sp), made once for each shape; None when alone. Collective."""
+        """A mesh of all ranks as (cfg, sp), cached by shape; None when alone. Collective."""
         if self.size == 1:
             return None
         if shape not in self._meshes:
@@ -73,7 +73,7 @@ class Ranks:
         return self._meshes[shape]
 
     def shape_for(self, guided: bool, heads: int) -> tuple[int, int]:
-        """The mesh for a run with or without guidance.
+        """The mesh shape for a run with or without guidance.
 
         Where the heads cannot be split over all ranks, a run without guidance leaves the cfg axis
         idle: both halves compute the same.
@@ -82,7 +82,7 @@ class Ranks:
         return (cfg, sp) if heads % sp == 0 else mesh_shape(self.size)
 
     def agree(self, flag: bool) -> bool:
-        """Whether any rank says so. Every rank must ask at the same point."""
+        """Whether `flag` is true on any rank. Every rank must call it at the same point."""
         if self.size == 1:
             return flag
         flags = torch.tensor([int(flag)])
@@ -90,16 +90,16 @@ class Ranks:
         return bool(flags.item())
 
     def share(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Fill the tensors of all ranks with those of the first, in place."""
+        """Broadcast the first rank's tensors to all ranks, in place."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
 
 def axis_group(lines: list[list[int]]) -> dist.ProcessGroup:
-    """This rank's group along a mesh axis that deals all ranks out to `lines`. Collective.
+    """This rank's group along a mesh axis that partitions all ranks into `lines`. Collective.
 
-    `init_device_mesh` would have it give up after torch's 10 or 30 minutes: its `backend_override`
+    `init_device_mesh` would give it torch's timeout of 10 or 30 minutes: its `backend_override`
     takes the options of one backend only, and on GPUs there are two.
     """
     if len(lines) == 1:

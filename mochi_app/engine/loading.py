@@ -1,7 +1,7 @@
-"""Read a pipeline's weights: which device, which types, which files; from a local folder.
+"""Load a pipeline from a local folder: which device, which dtypes, which files.
 
-Owns the way from a folder to a `MochiPipeline` on its device. The folder is there before a rank
-starts: `weights/` has downloaded it once for the whole machine. Running is `pipeline.py`'s.
+Owns the steps from a folder to a `MochiPipeline` on its device. The folder exists before a rank
+starts: `weights/` has downloaded it once for the whole machine. `pipeline.py` runs the pipeline.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Precision:
 
     @classmethod
     def choose(cls, config: Configure, device: torch.device) -> Precision:
-        """What `PartTypes.choose` says, in torch's types."""
+        """The choice of `PartTypes.choose` as torch dtypes."""
         types = PartTypes.choose(device.type, config.dtype, config.text_dtype, config.vae_dtype)
         return cls(
             **{name: dtype_named(getattr(types, name)) for name in PartTypes.__dataclass_fields__}
@@ -60,14 +60,14 @@ class Precision:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """torch's `float32` or `bfloat16`."""
+    """The torch dtype of that name: `float32` or `bfloat16`."""
     if name not in DTYPES:
         raise LoadError(f"dtype {name!r}: expected auto, {' or '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def choose_attention(pipe: MochiPipeline, name: str) -> None:
-    """Take an attention backend by diffusers' name for all jobs of this process.
+    """Set the attention backend, by its diffusers name, for all jobs of this process.
 
     Raises:
         LoadError: there is no such backend, or it cannot run here.
@@ -79,14 +79,14 @@ def choose_attention(pipe: MochiPipeline, name: str) -> None:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """`float32` or `bfloat16`."""
+    """The dtype's name: `float32` or `bfloat16`."""
     return next(name for name, known in DTYPES.items() if known is dtype)
 
 
 def quiet_libraries() -> None:
-    """Keep the log for what matters: no progress bars, which events stand for. Advice is at debug
-    level in a rank (`logs.Attentive`)."""
-    # Mochi's rope asks for float32 under autocast, which on a CPU is what it has anyway.
+    """Turn off progress bars, which progress events replace. Libraries' advice is logged at debug
+    level in a rank (`logs.LibraryFilter`)."""
+    # Mochi's rope asks for float32 under autocast, which a CPU uses anyway.
     warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -95,14 +95,14 @@ def quiet_libraries() -> None:
 def open_pipeline(
     model: str, precision: Precision, device: torch.device, *, text: bool = True
 ) -> MochiPipeline:
-    """The pipeline of a folder, each part in its own type, its rotary frequencies in float32 (as
-    exact as its files have them, see `warn_of_rounding`).
+    """Load the pipeline in a folder, each part in its own dtype, its rotary frequencies in float32
+    (as exact as the files store them, see `warn_of_rounding`).
 
     Weights go from the files to the device through accelerate, part by part, so host memory never
-    holds a second copy. Without `text` the text encoder is not read at all.
+    holds a second copy. Without `text` the text encoder is not loaded.
 
     Raises:
-        LoadError: `model` is no folder of a pipeline.
+        LoadError: `model` is not a pipeline folder.
     """
     folder = Path(model).expanduser()
     if not (folder / "model_index.json").is_file():
@@ -130,8 +130,8 @@ def open_pipeline(
 
 
 def warn_of_rounding(folder: Path, dtype: torch.dtype) -> None:
-    """Log a warning if the files that a transformer of this type is read from have its rotary
-    frequencies in bfloat16: read into float32 they stay rounded. Reads headers only."""
+    """Log a warning if the weight files for this dtype store the transformer's rotary frequencies
+    in bfloat16: loaded into float32 they stay rounded. Reads headers only."""
     for name in chosen_files(folder, "transformer", dtype):
         path = folder / "transformer" / name
         if path.suffix == ".safetensors" and stored_type(path, "pos_frequencies") == "BF16":
@@ -146,14 +146,14 @@ def warn_of_rounding(folder: Path, dtype: torch.dtype) -> None:
 
 
 def stored_type(path: Path, tensor: str) -> str:
-    """A tensor's type in a safetensors file, as `F32` or `BF16`; empty if it is not there."""
+    """A tensor's dtype in a safetensors file, such as `F32` or `BF16`; empty if it is not there."""
     with safe_open(path, framework="pt") as file:
         names = file.keys()
         return str(file.get_slice(tensor).get_dtype()) if tensor in names else ""
 
 
 def chosen_files(folder: Path, part: str, dtype: torch.dtype) -> list[str]:
-    """Of two sets of weights that a part may have, the files in its own type."""
+    """The weight files from which a part is loaded in this dtype."""
     names = [path.name for path in (folder / part).iterdir()]
     return weight_files(part, names, name_of(dtype))
 
@@ -161,7 +161,7 @@ def chosen_files(folder: Path, part: str, dtype: torch.dtype) -> list[str]:
 def part_options(
     folder: Path, name: str, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """What `from_pretrained` of one part wants: of two sets of files, the one in its own type."""
+    """The arguments of `from_pretrained` for one part, with the file variant of its dtype."""
     small = any(".bf16" in file for file in chosen_files(folder, name, dtype))
     return {
         "subfolder": name,

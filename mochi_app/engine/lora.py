@@ -1,12 +1,12 @@
-"""LoRAs beside the transformer: loaded once, switched on for one run, never fused.
+"""LoRAs for the transformer: loaded once, enabled for one run, never fused.
 
-Owns the adapters that lie in the transformer, and what a LoRA file must be before it is let in. A
-loaded adapter wraps linear layers; while it is switched off the wrapped layers compute exactly what
-the stock ones do. The library only warns of keys that it cannot place, and takes a configuration
-from the file that may rewrite the model's own weights, so both are checked here first.
+Owns the adapters in the transformer, and the checks that a LoRA file must pass. A loaded adapter
+wraps linear layers; while it is disabled the wrapped layers compute exactly what the stock ones do.
+The library only warns of keys that it cannot place, and accepts a configuration from the file that
+may rewrite the model's own weights, so both are checked here first.
 
-Hooks on a wrapped layer move to the wrapper and back: `parallel.py` hooks the place of a layer in
-the transformer, whatever computes there. It does not own which files there are (`loras.py`).
+A wrapped layer's hooks move to the wrapper and back: `parallel.py` hooks the position of a layer in
+the transformer, whatever module is there. It does not own which files exist (`loras.py`).
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ PREFIX = "transformer."  # of every key in a file that diffusers wrote for this 
 KEY = re.compile(r"(?P<layer>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|alpha)")
 SHOWN_KEYS, SHOWN_CHARACTERS = 3, 100
 
-# Of an adapter's configuration: what changes the result, and what only mattered in training
+# Fields of an adapter's configuration: those that change the result, and those only for training
 READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 UNREAD = frozenset({
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
     "layers_pattern", "layers_to_transform", "lora_dropout", "peft_version", "revision",
     "runtime_config", "target_modules", "task_type",
 })  # fmt: skip
-# Beginnings of A and B that leave the model's own weights alone; PiSSA's or OLoRA's would not
+# Initialisations of A and B that leave the model's own weights alone; PiSSA and OLoRA do not
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 HOOKS = (
@@ -60,10 +60,9 @@ Shape = tuple[int, ...]
 
 
 class LoraCache:
-    """The LoRAs of a folder for one pipeline. At most `keep` stay loaded, the last ones used.
+    """The LoRAs of a folder for one pipeline. At most `keep` stay loaded, the most recently used.
 
-    With several ranks each has a cache of its own, over its own copy of the transformer; nothing
-    here communicates.
+    Each rank has its own cache for its own copy of the transformer; nothing here communicates.
     """
 
     def __init__(self, pipe: MochiPipeline, folder: Path | None, keep: int = 4) -> None:
@@ -76,11 +75,10 @@ class LoraCache:
 
     @contextmanager
     def use(self, name: str | None, scale: float = 1.0) -> Iterator[None]:
-        """Run the pipeline with a LoRA times `scale`, as long as the block lasts; None changes
-        nothing.
+        """Enable a LoRA, scaled by `scale`, within the block; None changes nothing.
 
         Raises:
-            LoraError: no such LoRA, or its file does not fit; cache and pipeline are as before.
+            LoraError: no such LoRA, or its file does not fit; cache and pipeline are unchanged.
             RuntimeError: whatever torch raises, out of memory included; likewise.
         """
         if name is None:
@@ -91,7 +89,7 @@ class LoraCache:
 
     @contextmanager
     def active(self, adapter: str, scale: float) -> Iterator[None]:
-        """Run the pipeline with what `load` returned, times `scale`; no file is looked at."""
+        """Enable an adapter that `load` returned, scaled by `scale`; reads no file."""
         try:
             self._pipe.set_adapters(adapter, scale)
             self._pipe.enable_lora()
@@ -100,9 +98,9 @@ class LoraCache:
             self._pipe.disable_lora()
 
     def load(self, name: str) -> str:
-        """Have a LoRA ready, switched off; returns its adapter's name. `use` does this itself.
+        """Load a LoRA, disabled, and return its adapter's name. `use` does this itself.
 
-        A file that was replaced since is loaded anew.
+        A loaded LoRA is reused unless its file has been replaced.
 
         Raises:
             LoraError, RuntimeError: as `use` does.
@@ -134,16 +132,16 @@ class LoraCache:
         self._pipe.unload_lora_weights()
 
     def _inject(self, path: Path) -> str:
-        """Load a file as a new adapter, switched off; its name is a number and not the file's,
-        because peft takes no dots.
+        """Load a file as a new adapter, disabled; it is named by number, not after the file,
+        because peft allows no dots.
         """
         transformer = self._pipe.transformer
         lora = read_lora(path, transformer)
-        taken = set(self._adapters.values())  # old names again: compiled blocks know them already
+        taken = set(self._adapters.values())  # names are reused: compiled blocks know them already
         adapter = next(name for n in itertools.count() if (name := f"adapter_{n}") not in taken)
         try:
             with warnings.catch_warnings(), uncast(transformer):
-                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that is meant
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # intended
                 self._pipe.load_lora_into_transformer(
                     lora.weights,
                     transformer=transformer,
@@ -169,7 +167,7 @@ class LoraCache:
             self._remove(self._adapters.pop(key))
 
     def _remove(self, adapter: str) -> None:
-        """Take out an adapter, whole or in part."""
+        """Remove an adapter, even one that was only partly loaded."""
         if self._adapters:
             self._pipe.delete_adapters(adapter)
         else:
@@ -178,7 +176,7 @@ class LoraCache:
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """A file that fits. `weights` has the loader's keys, in the type of the transformer's own
+    """A file that fits. `weights` has the loader's keys and the dtype of the transformer's own
     weights; `config` is the adapter's configuration in the loader's form, or None.
     """
 
@@ -189,11 +187,11 @@ class Lora:
 def read_lora(path: Path, transformer: MochiTransformer3DModel) -> Lora:
     """Read a LoRA for this transformer; keys and shapes are checked before any weight is read.
 
-    Read are the pipeline's own format and diffusers' older one (`.lora.down`, `.lora.up`), with
+    Accepts the pipeline's own format and diffusers' older one (`.lora.down`, `.lora.up`), with
     alphas as keys or the adapter's configuration as metadata.
 
     Raises:
-        LoraError: a file that is not whole, or does not fit; the message has the first few keys.
+        LoraError: the file is incomplete or does not fit; the message has the first few keys.
     """
     title = f"LoRA {path.stem!r}"
     try:
@@ -209,7 +207,7 @@ def read_lora(path: Path, transformer: MochiTransformer3DModel) -> Lora:
         raise LoraError(
             f"{title}: not a whole safetensors file: {printable(str(error))}"
         ) from error
-    # a convolution, because quantization leaves those alone
+    # the dtype of a convolution, because quantization leaves those alone
     weights = scaled(tensors, transformer.patch_embed.proj.weight.dtype)
     infinite = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if infinite:
@@ -226,8 +224,8 @@ def read_lora(path: Path, transformer: MochiTransformer3DModel) -> Lora:
 
 
 def peft_name(key: str) -> str | None:
-    """A file's key as peft names it, `layer.lora_A.weight` and so on; None if it is not of a LoRA
-    for a transformer.
+    """A file's key as peft names it, `layer.lora_A.weight` and so on; None if it does not belong
+    to a LoRA for a transformer.
     """
     if not key.startswith(PREFIX):
         return None
@@ -262,9 +260,9 @@ def misfits(
 def misfit(
     name: str, shape: Shape, shapes: Mapping[str, Shape], layers: Mapping[str, Any]
 ) -> str | None:
-    """Why the weight `name` cannot go where it says; None if it can."""
+    """Why the weight `name` does not fit its layer; None if it does."""
     match = KEY.fullmatch(name)
-    assert match is not None  # as `peft_name` gave it
+    assert match is not None  # `peft_name` checked it
     layer = layers.get(match["layer"])
     if layer is None:
         return "no such linear layer"
@@ -290,9 +288,9 @@ def linears(transformer: MochiTransformer3DModel) -> dict[str, torch.nn.Linear]:
 
 
 def scaled(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Copies of A and B in `dtype`, an alpha multiplied into its B: the factor is alpha / rank.
+    """Copies of A and B in `dtype`, with alpha / rank multiplied into B.
 
-    Copies, because the file's own tensors are mapped from it, and it may be overwritten.
+    Copies, because the tensors are memory-mapped from the file, which may be overwritten.
     """
     weights = {}
     for name, tensor in tensors.items():
@@ -325,7 +323,7 @@ def adapter_config(metadata: str | None, title: str) -> dict[str, Any] | None:
 
 
 def conflicts(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """What a configuration asks for beyond a plain LoRA with the ranks and alphas of the file."""
+    """What a configuration requests beyond a plain LoRA with the file's ranks and alphas."""
     usual = LoraConfig().to_dict() | {"peft_type": "LORA"}  # type: ignore[no-untyped-call]
     problems = [
         printable(f"{name}={value!r}")
@@ -345,7 +343,7 @@ def conflicts(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) ->
 
 
 def configured_rank(config: Mapping[str, Any], layer: str) -> Any:
-    """The rank that peft would give a layer: that of the first pattern which matches its name."""
+    """The rank that peft would give a layer: that of the first pattern that matches its name."""
     patterns = config.get("rank_pattern") or {}
     try:
         key = get_pattern_key(list(patterns), layer)
@@ -355,7 +353,7 @@ def configured_rank(config: Mapping[str, Any], layer: str) -> Any:
 
 
 def loaded_config(config: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that the loader gets: a plain LoRA without dropout."""
+    """The part of a configuration that is passed to the loader: a plain LoRA without dropout."""
     layers = sorted({name.rsplit(".lora_", 1)[0] for name in weights})
     return {name: config[name] for name in READ if name in config} | {"target_modules": layers}
 
@@ -366,7 +364,7 @@ def wrappers(transformer: MochiTransformer3DModel) -> list[Any]:
 
 
 def swap_hooks(one: torch.nn.Module, other: torch.nn.Module) -> None:
-    """Exchange two modules' forward hooks; a handle still removes its own, wherever that went."""
+    """Exchange two modules' forward hooks; a handle still removes its own hook, wherever it is."""
     for name in HOOKS:
         ours, theirs = getattr(one, name), getattr(other, name)
         setattr(one, name, theirs)
@@ -380,6 +378,6 @@ def summary(problems: Sequence[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """A text from a file, on one line and not too long."""
+    """Text from a file on one line, truncated."""
     line = " ".join(text.split())
     return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]}…"

@@ -4,10 +4,10 @@ Owns the layout and its communication. Along "sp" each rank keeps a part of the 
 all text tokens; inside joint attention it owns a part of the heads instead, for all tokens (an
 all-to-all before and after, and an all-gather of the text's result where a later block reads it).
 Along "cfg" each rank keeps one sample of the (uncond, cond) pair. Inputs and output of the
-transformer are whole on every rank, so pipeline, scheduler and LoRA know nothing of this.
+transformer are whole on every rank, so pipeline, scheduler and LoRA are unaware of the split.
 
-The split is made by torch's own module hooks, outside of diffusers' HookRegistry, so caches can be
-switched on and off in any order. It does not own the process group (`group.py`).
+The split uses torch's own module hooks, outside diffusers' HookRegistry, so caches can be enabled
+and disabled in any order. It does not own the process group (`group.py`).
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class LayoutError(ValueError):
 def mesh_shape(ranks: int, guided: bool = True) -> tuple[int, int]:
     """Ranks along (cfg, sp): the CFG pair first, because it hardly communicates.
 
-    An odd number of ranks, and a run without guidance, have nothing to split along cfg.
+    With an odd number of ranks, or without guidance, nothing is split along cfg.
     """
     return (2, ranks // 2) if guided and ranks % 2 == 0 else (1, ranks)
 
 
 def check_heads(heads: int, sp: int) -> None:
-    """Raise unless the attention heads can be dealt out.
+    """Raise unless the attention heads can be split over `sp` ranks.
 
     Raises:
         LayoutError: `heads` is not a multiple of `sp`.
@@ -61,7 +61,7 @@ def check_heads(heads: int, sp: int) -> None:
 
 
 def shares(total: int, parts: int) -> list[int]:
-    """Sizes of `parts` consecutive shares of `total` that differ by one at most."""
+    """Sizes of `parts` consecutive shares of `total` that differ by at most one."""
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
@@ -119,7 +119,7 @@ class Axis:
 class Layout:
     """What hooks and processors share during one forward pass.
 
-    `tokens` is the number of visual tokens of the whole video; `valid` has, for each sample of
+    `tokens` is the number of visual tokens in the whole video; `valid` holds, for each sample of
     this rank, the indices of its valid text tokens.
     """
 
@@ -153,7 +153,7 @@ class JointAttention:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Visual tokens (B, own tokens, C) and text (B, L, C') to the same shapes.
 
-        Where the block discards the text's result, the text comes back as it was given.
+        Where the block discards the text's result, the text is returned unchanged.
         """
         visual = project(
             hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), attn.heads
@@ -169,29 +169,29 @@ class JointAttention:
         if self._layout.sp.size > 1:
             visual, text = self._to_heads(visual), [self._layout.sp.own(part, 2) for part in text]
         outputs = [self._attend(visual, text, index) for index in range(len(hidden_states))]
-        seen = torch.cat([output[:, : visual[0].shape[1]] for output in outputs])
+        visual_out = torch.cat([output[:, : visual[0].shape[1]] for output in outputs])
         if self._layout.sp.size > 1:
-            seen = self._to_tokens(seen)
-        hidden_states = attn.to_out[1](attn.to_out[0](seen.flatten(2, 3)))
+            visual_out = self._to_tokens(visual_out)
+        hidden_states = attn.to_out[1](attn.to_out[0](visual_out.flatten(2, 3)))
         if hasattr(attn, "to_add_out"):
-            said = torch.cat([output[:, visual[0].shape[1] :] for output in outputs])
+            text_out = torch.cat([output[:, visual[0].shape[1] :] for output in outputs])
             if self._layout.sp.size > 1:
-                said = self._layout.sp.gather(said, 2, attn.heads)
-            encoder_hidden_states = attn.to_add_out(said.flatten(2, 3))
+                text_out = self._layout.sp.gather(text_out, 2, attn.heads)
+            encoder_hidden_states = attn.to_add_out(text_out.flatten(2, 3))
         return hidden_states, encoder_hidden_states
 
     def _attend(
         self, visual: Sequence[torch.Tensor], text: Sequence[torch.Tensor], index: int
     ) -> torch.Tensor:
-        """One sample alone, with its valid text tokens only: no mask, so any kernel will do.
+        """Attention of one sample over its valid text tokens only: no mask, so any kernel works.
 
-        Returns (1, tokens + L, heads, D), the text's places padded with zeros at the end.
+        Returns (1, tokens + L, heads, D), zero-padded at the end for the invalid text tokens.
         """
         sample = slice(index, index + 1)
         valid = self._layout.valid[index]
         query, key, value = (
-            torch.cat([seen[sample], said[sample, valid]], dim=1)
-            for seen, said in zip(visual, text, strict=True)
+            torch.cat([visual_part[sample], text_part[sample, valid]], dim=1)
+            for visual_part, text_part in zip(visual, text, strict=True)
         )
         output = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
         missing = text[0].shape[1] - len(valid)
@@ -208,13 +208,13 @@ class JointAttention:
         ]
         return list(torch.cat(sp.exchange(packed.chunk(sp.size, dim=3), shapes), dim=2))
 
-    def _to_tokens(self, seen: torch.Tensor) -> torch.Tensor:
+    def _to_tokens(self, visual: torch.Tensor) -> torch.Tensor:
         """(B, all tokens, own heads, D) to (B, own tokens, all heads, D)."""
         sp = self._layout.sp
         sizes = shares(self._layout.tokens, sp.size)
-        batch, _, heads, width = seen.shape
+        batch, _, heads, width = visual.shape
         shapes = [(batch, sizes[sp.rank], heads, width)] * sp.size
-        return torch.cat(sp.exchange(torch.split(seen, sizes, dim=1), shapes), dim=2)
+        return torch.cat(sp.exchange(torch.split(visual, sizes, dim=1), shapes), dim=2)
 
 
 def project(
@@ -274,7 +274,7 @@ class ParallelHandle:
     def _enter(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Keep this rank's samples, in the type of the weights, and note what the pass needs."""
+        """Keep this rank's samples, in the weights' dtype, and record what the pass needs."""
         inputs = dict(zip((*INPUTS, "attention_kwargs"), args, strict=False)) | kwargs
         layout = self.layout
         layout.batch = len(inputs["hidden_states"])
@@ -293,7 +293,7 @@ class ParallelHandle:
     def _whole_batch(
         self, module: torch.nn.Module, args: tuple[torch.Tensor]
     ) -> tuple[torch.Tensor] | None:
-        """As many rows as one process has: a BLAS takes other ways for other heights."""
+        """Repeat to as many rows as one process has: BLAS picks kernels by the row count."""
         return (args[0].repeat(self.layout.cfg.size, 1),) if self.layout.split_batch else None
 
     def _own_samples(
@@ -328,13 +328,13 @@ class ParallelHandle:
 
 
 def is_parallel(transformer: MochiTransformer3DModel) -> bool:
-    """Whether a handle is in force; a second layout on top would compute nonsense."""
+    """Whether a handle is active; a second layout on top would compute nonsense."""
     blocks = transformer.transformer_blocks
     return any(isinstance(block.attn1.processor, JointAttention) for block in blocks)
 
 
 def conditioning_linears(transformer: MochiTransformer3DModel) -> Iterator[torch.nn.Linear]:
-    """The layers that see one row a sample: of the time embedding, and the blocks' modulation."""
+    """The layers with one row per sample: the time embedding's and the blocks' modulation."""
     for name, module in transformer.named_modules():
         if isinstance(module, torch.nn.Linear) and CONDITIONING.search(name):
             yield module
@@ -344,12 +344,12 @@ def parallelize(transformer: MochiTransformer3DModel, mesh: DeviceMesh | None) -
     """Spread a transformer over `mesh`, with dimensions "cfg" and "sp", until `handle.remove()`.
 
     Every rank must then call it with the same, whole inputs, and gets the same, whole output.
-    Without a mesh, or on one of a single rank, results are those of the stock transformer, bit for
-    bit, and `set_attention_backend` reaches it.
+    Without a mesh, or on one of a single rank, results are bit-identical to the stock
+    transformer's, and `set_attention_backend` still applies.
 
     Raises:
         LayoutError: the heads cannot be split over the "sp" ranks.
-        RuntimeError: it lies on a mesh already.
+        RuntimeError: it is on a mesh already.
     """
     return ParallelHandle(transformer, mesh)
 
@@ -359,9 +359,8 @@ def enable_first_block_cache(
 ) -> None:
     """diffusers' first-block cache with one decision for all ranks of `group`.
 
-    Each rank sees its own tokens only. Left alone, one may skip the blocks in which another waits
-    for it; so the sums that are compared are those of all ranks, which is also what one process
-    compares.
+    Each rank sees only its own tokens. Deciding alone, one may skip blocks in which another waits
+    for it; so the compared sums are taken over all ranks, which is also what one process compares.
     """
     transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
     hook = transformer.transformer_blocks[0]._diffusers_hook.get_hook(LEADER_HOOK)

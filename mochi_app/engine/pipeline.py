@@ -1,11 +1,11 @@
-"""Load a MochiPipeline and run one request through it: text, denoise, decode.
+"""Run one request through a loaded MochiPipeline: text, denoise, decode.
 
 Owns the model in this process and the exactness promise: in float32 on one rank, the frames of a
-request are those of a plain `MochiPipeline(...)` call with the same arguments and a CPU generator,
-bit for bit. With bfloat16 weights it keeps in float32 what the model's authors do: the latents
-between steps, the rotary frequencies (rounded, if the weights' files have them so), and the text
-encoder unless told otherwise. Over several ranks every rank runs the same code: the first reads the
-text and has the frames, and what stops one stops all at the same boundary. It does not own the
+request are bit-identical to those of a plain `MochiPipeline(...)` call with the same arguments and
+a CPU generator. With bfloat16 weights it keeps in float32 what the model's authors do: the latents
+between steps, the rotary frequencies (rounded if the weight files store them so), and the text
+encoder unless configured otherwise. With several ranks all run the same code: the first encodes the
+text and gets the frames, and what stops one stops all at the same boundary. It does not own the
 process (`rank.py`), the prompts' embeddings (`text.py`), the layout of the transformer
 (`parallel.py`) or files (`encode.py`).
 """
@@ -55,13 +55,13 @@ logger = logging.getLogger(__name__)
 
 
 class NotFinite(ArithmeticError):
-    """The model yielded infinities or NaN. All ranks see the same latents, so all say so."""
+    """The model yielded infinities or NaN. All ranks see the same latents, so all raise it."""
 
     settled = True
 
 
 class TooLarge(ValueError):
-    """The video does not fit the slot's GPUs. All ranks agree on it before any work."""
+    """The video does not fit the slot's GPUs. All ranks agree on this before any work."""
 
     settled = True
 
@@ -84,8 +84,8 @@ class Result:
 class Engine:
     """A loaded pipeline, running one request at a time, on this rank and its peers.
 
-    `facts` is what the latents depend on beside the request and the layout: part of the stamp of
-    each checkpoint. Without it no run leaves one or goes on from one.
+    `facts` is what the latents depend on besides the request and the layout: part of each
+    checkpoint's stamp. Without it no run writes checkpoints or resumes from one.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Engine:
     ) -> None:
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
-                part.eval()  # a pipeline made by constructors still has dropout
+                part.eval()  # a pipeline built by constructors still has dropout
         self._pipe = pipe
         self._colours = colours
         self._ranks = ranks or Ranks()
@@ -110,10 +110,10 @@ class Engine:
         self._parallel: ParallelHandle | None = None
         self._shape = (0, 0)
         for guided in (False, True):
-            self._spread(guided)  # what cannot be spread shows now
+            self._spread(guided)  # a model that cannot be spread fails now
 
     def _spread(self, guided: bool) -> None:
-        """Lay the transformer out over the ranks as a run with or without guidance wants it."""
+        """Spread the transformer over the ranks for a run with or without guidance."""
         heads = self._pipe.transformer.config.num_attention_heads
         shape = self._ranks.shape_for(guided, heads)
         if shape == self._shape:
@@ -137,8 +137,8 @@ class Engine:
         return {name: str(library.__version__) for name, library in libraries.items()}
 
     def warm_up(self) -> Frames | None:
-        """Make the smallest video in two steps, with and without guidance: a broken model shows
-        now, and what is compiled or connected at first use costs no job its time.
+        """Make the smallest video in two steps, with and without guidance: a broken model fails
+        now, and no job pays for what is compiled or connected on first use.
 
         Returns its frames, as `Result.frames`.
 
@@ -154,14 +154,14 @@ class Engine:
         return result.frames if result else None
 
     def run(self, request: Run, emit: Emit, cancelled: Callable[[], bool]) -> Result | None:
-        """Make the frames of `request`; None if `cancelled` said so at a stage or step boundary,
+        """Make the frames of `request`; None if `cancelled` was true at a stage or step boundary,
         here or on another rank.
 
-        Whatever happens, the pipeline is left as it was: the next run's frames do not depend on
+        However a run ends, the pipeline is left as it was: the next run's frames do not depend on
         this one.
 
         Raises:
-            TooLarge: by the plan the video does not fit the GPUs.
+            TooLarge: according to the plan the video does not fit the GPUs.
             NotFinite: the model yielded infinities or NaN.
             LoraError: the LoRA does not fit the model, or cannot be read on some rank.
             RuntimeError: whatever torch raises, out of memory included.
@@ -173,7 +173,7 @@ class Engine:
 
         contact = Contact(emit if ranks.first else unsaid, stopped, self._synchronize)
         clock = StageClock(request.job_id, contact)
-        self._require_room(request)
+        self._require_memory(request)
         self._spread(request.guidance_scale > 1.0)
         try:
             with torch.no_grad():
@@ -198,8 +198,8 @@ class Engine:
             frames_hash="" if frames is None else sha256(frames),
         )
 
-    def _require_room(self, request: Run) -> None:
-        """Refuse what would run out of memory in the middle, where the ranks lose each other."""
+    def _require_memory(self, request: Run) -> None:
+        """Refuse what would run out of memory midway, where the ranks would lose each other."""
         if self._budget is None:
             return
         problem = self._budget.problem(request.height, request.width, request.num_frames)
@@ -208,15 +208,15 @@ class Engine:
             raise TooLarge(f"{size}: {problem or 'another GPU of the slot has less memory'}")
 
     def free(self) -> None:
-        """Give cached memory back, after a run that failed."""
+        """Release cached memory after a failed run."""
         gc.collect()
         if self._ranks.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @contextmanager
     def _with_lora(self, request: Run) -> Iterator[tuple[int, int] | None]:
-        """The transformer with the LoRA that the request names, on all ranks or on none; which
-        file it was, see `LoraShelf.file_of`."""
+        """Enable the LoRA that the request names, on all ranks or on none; yields its file as
+        `LoraCache.file_of` does."""
         if request.lora is None:
             yield None
             return
@@ -250,7 +250,7 @@ class Engine:
     def _checkpoints(
         self, request: Run, lora_file: tuple[int, int] | None
     ) -> CheckpointWriter | None:
-        """The run's checkpoints; None if it has none, or on ranks other than the first."""
+        """The run's checkpoint writer; None if it has none, or on ranks other than the first."""
         if not self._keeps(request) or not self._ranks.first:
             return None
         stamp = {
@@ -271,7 +271,7 @@ class Engine:
     def _start(
         self, request: Run, first: torch.Tensor, checkpoints: CheckpointWriter | None, emit: Emit
     ) -> Start:
-        """Where to begin: at the first latents, or where the first rank's checkpoint says."""
+        """Where to begin: at the first latents, or at the first rank's checkpoint."""
         if not self._keeps(request):
             return Start(0, first)
         found = checkpoints.resume(tuple(first.shape)) if checkpoints else None
@@ -288,7 +288,7 @@ class Engine:
     def _denoise(
         self, request: Run, text: TextEmbeddings, start: Start, watcher: StepWatcher
     ) -> torch.Tensor:
-        """All steps from `start` on, to the last latents, same shape."""
+        """Run all steps from `start` on; returns the last latents, same shape."""
         try:
             with self._pipe.scheduler.planned(SCHEDULES[request.schedule], start.step):
                 latents = self._steps(request, text, start.latents, watcher)
@@ -327,11 +327,11 @@ class Engine:
         emit: Emit,
         cancelled: Callable[[], bool],
     ) -> Frames | None:
-        """Latents (1, 12, T, h, w) to RGB frames (6T-5, 8h, 8w, 3), by the tiles of all ranks.
+        """Latents (1, 12, T, h, w) to RGB frames (6T-5, 8h, 8w, 3), all ranks decoding tiles.
 
-        None on ranks other than the first. The arithmetic of `MochiPipeline.__call__` after its
-        loop, and of `VaeImageProcessor` after that, with the rounding to bytes done on the device:
-        a quarter of the traffic to the host.
+        None on ranks other than the first. The arithmetic is that of `MochiPipeline.__call__` after
+        its loop, then of `VaeImageProcessor`, with the rounding to bytes done on the device: a
+        quarter of the traffic to the host.
         """
         config = self._pipe.vae.config
         if config.latents_mean is not None and config.latents_std is not None:
@@ -344,7 +344,7 @@ class Engine:
             latents = latents / config.scaling_factor
 
         def between(done: int, total: int) -> None:
-            if done:  # so far a GPU has only been told to decode
+            if done:  # on a GPU the decoding may only be queued so far
                 self._synchronize()
             emit(Tiles(job_id=request.job_id, done=done, total=total))
             if 0 < done < total:
@@ -364,14 +364,14 @@ class Engine:
             torch.cuda.synchronize(self._ranks.device)
 
     def _reset(self) -> None:
-        """What the pipeline does at the end of a call that no exception left early."""
+        """Do what the pipeline does at the end of a call, also after an exception."""
         speed.reset(self._pipe)
         self._pipe._interrupt = False
         self._pipe._current_timestep = None
 
 
 def processor(device: torch.device) -> list[Any]:
-    """What the result of a CPU's arithmetic depends on: its vector unit, the number of threads."""
+    """What a CPU's results depend on: its vector unit and the number of threads; [] on a GPU."""
     if device.type != "cpu":
         return []
     return [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]

@@ -19,7 +19,7 @@ PICTURE_SECONDS = 0.7
 
 @dataclass(frozen=True, slots=True)
 class LatentColours:
-    """A linear map from a latent cell to its colour, for pictures of a run that is under way.
+    """A linear map from a latent cell to its colour, for pictures of a running job.
 
     `factors` has shape (12, 3), `bias` (3,): RGB from 0 to 1 = latents · factors + bias.
     """
@@ -29,7 +29,7 @@ class LatentColours:
 
     @classmethod
     def read(cls, path: Path) -> LatentColours | None:
-        """The map beside the model; None if it has none.
+        """Read the map that comes with the model; None if there is none.
 
         Raises:
             LoadError: the file is not such a map.
@@ -66,7 +66,7 @@ def middle(latents: torch.Tensor) -> torch.Tensor:
 
 
 def forecast(before: torch.Tensor, after: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """Where the last step points: its latents carried on along its velocity to sigma 1, no noise.
+    """Where the last step points: its latents extrapolated along its velocity to sigma 1, no noise.
 
     Mochi's sigmas rise from 0 (noise) to 1 (video), and a step is Euler's:
     after = before + (sigmas[1] - sigmas[0]) · velocity.

@@ -1,4 +1,4 @@
-"""What a rank tells while it works: stages, steps, and where a cancel is asked about."""
+"""What a rank reports while it works: stages and steps, and where it checks for a cancel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where the steps of a run begin: at `latents`, with `step` steps of all already done."""
+    """Where a run begins: at `latents`, with `step` of its steps already done."""
 
     step: int
     latents: torch.Tensor
@@ -32,7 +32,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Contact:
-    """A run's way to the outside: what it says, whether it is to stop, when its work is done."""
+    """A run's callbacks: report a message, check for a cancel, wait for the device."""
 
     emit: Emit
     cancelled: Callable[[], bool]
@@ -40,7 +40,7 @@ class Contact:
 
 
 class StageClock:
-    """Announces stages, measures them in seconds, and stops the run between them if asked."""
+    """Announces stages, measures them in seconds, and stops a cancelled run between them."""
 
     def __init__(self, job_id: str, contact: Contact) -> None:
         self.seconds: dict[str, float] = {}
@@ -59,8 +59,8 @@ class StageClock:
 
 
 class StepWatcher:
-    """The pipeline's step callback: reports progress, shows pictures, leaves checkpoints, stops the
-    run if asked."""
+    """The pipeline's step callback: reports progress, sends pictures, writes checkpoints, and stops
+    a cancelled run."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class StepWatcher:
     def __call__(
         self, pipe: MochiPipeline, index: int, timestep: torch.Tensor, tensors: dict[str, Any]
     ) -> dict[str, Any]:
-        """After step `index` of those that this run does, from 0."""
+        """Called after step `index` of those that this run does, counted from 0."""
         self._contact.synchronize()
         now = time.perf_counter()
         step, steps = self._done + index + 1, self._request.num_inference_steps
@@ -108,13 +108,13 @@ class StepWatcher:
         self._contact.emit(Latent(job_id=self._request.job_id, step=step, image=image))
 
     def settle(self) -> None:
-        """Have the last checkpoint on the disk."""
+        """Wait until the last checkpoint is on the disk."""
         if self._checkpoints is not None:
             self._checkpoints.settle()
 
 
 def unsaid(message: Message) -> None:
-    """The emit of a rank that does not speak for its slot."""
+    """The `emit` of ranks other than the first: drops the message."""
 
 
 def stop_if(cancelled: Callable[[], bool]) -> None:

@@ -3,11 +3,11 @@
 Started by a slot as `python -m mochi_app.engine.rank --channel FD`, where FD is one end of a stream
 socketpair that speaks `mochi_app.messages`. Owns the process: its threads, its end, and the
 answer to every command. It does not own the model (`pipeline.py`) or the encoder (`encode.py`), and
-imports neither, nor torch, until the parent has heard from it.
+imports neither, nor torch, until it has reported to the parent.
 
 Three threads: the main one loads and computes; a reader takes commands, so that a cancel arrives
 while the main thread computes, and ends the process when the parent is gone; a third sends
-heartbeats. A test program gives `main` a loader of its own and fakes the model, never the process.
+heartbeats. A test program passes `main` its own loader and fakes the model, never the process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Protocol
 from mochi_app import logs
 from mochi_app.child_process import die_with_parent, leave
 from mochi_app.codec import ProtocolError
-from mochi_app.disk_errors import DISK_FULL, said
+from mochi_app.disk_errors import DISK_FULL, mentions
 from mochi_app.engine.channel import Channel, Inbox
 from mochi_app.engine.scratch import Scratch, refused
 from mochi_app.errors import one_line
@@ -79,9 +79,9 @@ class Result(Protocol):
 class Engine(Protocol):
     """A loaded model, as far as this module is concerned.
 
-    `run` sends its own Stage, Step and Latent events, asks `cancelled` at every boundary, the
-    first before any work, and returns None when it stopped for that reason; all ranks of a slot
-    stop at the same boundary. `free` gives memory back after a failed run.
+    `run` sends its own Stage, Step and Latent events, checks `cancelled` at every boundary, the
+    first before any work, and returns None if it stopped for that reason; all ranks of a slot
+    stop at the same boundary. `free` releases memory after a failed run.
     """
 
     @property
@@ -117,16 +117,16 @@ def main(argv: Sequence[str] | None = None, loader: Loader = load_mochi) -> int:
     parser = argparse.ArgumentParser(prog="mochi_app.engine.rank", description="One engine rank.")
     parser.add_argument("--channel", type=int, required=True, help="descriptor of the socket")
     channel = Channel(parser.parse_args(argv).channel)
-    os.dup2(2, 1)  # whatever a library prints belongs to the log
+    os.dup2(2, 1)  # whatever a library prints goes to the log
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=logs.FORMAT)
     config = configure(channel)
-    logs.attend(config.log_level, libraries_of(config))
+    logs.filter_libraries(config.log_level, libraries_of(config))
     inbox = Inbox()
     for name, target in (("heartbeat", beat), ("reader", read)):
         arguments = (channel,) if target is beat else (channel, inbox)
         threading.Thread(target=target, args=arguments, name=name, daemon=True).start()
     scratch = Scratch(config.scratch)
-    with contextlib.suppress(OSError):  # else each video says so
+    with contextlib.suppress(OSError):  # reported when a video is written
         scratch.folder()
     engine = load(config, channel, loader)
     while (request := inbox.take()) is not None:
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None, loader: Loader = load_mochi) -> int:
 
 
 def configure(channel: Channel) -> Configure:
-    """Read the first message, which sets the epoch of all that is sent."""
+    """Read the first message, which sets the epoch of all messages sent."""
     command = channel.receive()
     if command is None:
         raise SystemExit(0)
@@ -150,8 +150,8 @@ def configure(channel: Channel) -> Configure:
 
 
 def libraries_of(config: Configure) -> set[str]:
-    """The packages that this configuration needs beside those of every other: what they complain of
-    concerns whoever asked for them."""
+    """The packages that this configuration needs besides those of every other: their warnings
+    concern whoever configured them."""
     words = {"torchao"} if config.quantization == "int8" else set()
     if config.compile:
         words |= {"torch._dynamo", "torch._inductor", "triton"}
@@ -161,7 +161,7 @@ def libraries_of(config: Configure) -> set[str]:
 
 
 def beat(channel: Channel) -> None:
-    """Thread: say that the process lives, at once and then every second."""
+    """Thread: send a heartbeat at once and then every second."""
     while True:
         channel.send(Heartbeat(gpu_bytes=gpu_bytes()))
         time.sleep(HEARTBEAT_SECONDS)
@@ -178,7 +178,7 @@ def gpu_bytes() -> int | None:
 
 
 def read(channel: Channel, inbox: Inbox) -> None:
-    """Thread: hand on commands; end the process when the parent is gone or talks nonsense."""
+    """Thread: queue commands; exit when the parent is gone or breaks the protocol."""
     try:
         while (command := channel.receive()) is not None:
             inbox.put(command)
@@ -191,8 +191,8 @@ def read(channel: Channel, inbox: Inbox) -> None:
 def load(config: Configure, channel: Channel, loader: Loader) -> Engine:
     """Load the model and report each stage of it.
 
-    A model that does not load ends the process with status 1, its reason the last line on stderr:
-    at once, because an orderly exit would wait for other ranks and print more.
+    If loading fails, the process exits with status 1 and the reason as the last line on stderr: at
+    once, because an orderly exit would wait for other ranks and print more.
     """
     started = time.perf_counter()
     channel.send(Loading(what="importing"))
@@ -263,11 +263,11 @@ def make_video(
 
 
 def failure(request: Run, error: Exception) -> Failed:
-    """What a failed job says to people, and whether the process can go on.
+    """The message of a failed job, and whether the process can go on.
 
-    An error with a true `settled` was raised by all ranks at the same point. Errors of torch are
-    told by class name, so that this module need not import it. Running out of
-    memory fails the job only; after a CUDA or NCCL error nothing on the device can be relied on.
+    An error with a true `settled` was raised by all ranks at the same point. torch's errors are
+    recognised by class name, so that this module need not import it. Running out of memory fails
+    only the job; after a CUDA or NCCL error nothing on the device can be relied on.
     """
     names = {kind.__name__ for kind in type(error).__mro__}
     text = str(error)
@@ -292,10 +292,10 @@ def failure(request: Run, error: Exception) -> Failed:
 
 
 def disk_full(error: Exception) -> bool:
-    """Whether the system, or ffmpeg in the system's words, said that the disk is full."""
+    """Whether the system, or ffmpeg quoting it, reported that the disk is full."""
     if isinstance(error, OSError):
         return error.errno in DISK_FULL
-    return said(str(error), DISK_FULL)
+    return mentions(str(error), DISK_FULL)
 
 
 if __name__ == "__main__":

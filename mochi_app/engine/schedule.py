@@ -9,13 +9,13 @@ inside `MochiPipeline`. `MochiScheduler` is the stock Euler scheduler with a pla
     with pipe.scheduler.planned(first_step=k):
         pipe(..., latents=after_k_steps)  # num_inference_steps: that of the whole run
 
-The second run ends with the frames of the uninterrupted one, bit for bit: a step is Euler's and
-draws no noise. That holds as long as nothing else is carried from step to step, which a cache in
-the transformer does. The pipeline numbers the steps it runs from 0, so its callback gets 0 after
-step k. `scheduler.sigmas` is cut likewise and fits those numbers.
+The second run ends with the frames of the uninterrupted one, bit for bit: an Euler step draws no
+noise. That holds unless something else is carried from step to step, as a cache in the transformer
+does. The pipeline numbers the steps it runs from 0, so its callback gets 0 after step k;
+`scheduler.sigmas` is sliced to match.
 
-A default schedule of n steps, n even, is every d-th noise level of that of n·d steps, exactly: a
-short run walks the path of a long one in larger steps. With n odd it is a path of its own.
+For even n, the default schedule of n steps is exactly every d-th noise level of that of n·d steps:
+a short run follows the path of a long one in larger steps. For odd n the path is different.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Schedule:
     `linear_steps` their number; None is half of all, rounded down.
 
     Raises:
-        ValueError: a threshold outside of (0, 1), or fewer than one linear step.
+        ValueError: a threshold outside (0, 1), or fewer than one linear step.
     """
 
     threshold_noise: float = 0.025
@@ -85,10 +85,10 @@ SCHEDULES = {
 
 
 class MochiScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
-    """The stock scheduler, which follows the plan of the run that is under way.
+    """The stock scheduler, which follows the plan of the current run.
 
-    Outside of `planned` it is the stock scheduler. `schedule` and `first_step` are not part of its
-    config, so a saved one is a stock one.
+    Outside `planned` it is the stock scheduler. `schedule` and `first_step` are not part of its
+    config, so it is saved as a stock one.
     """
 
     schedule: Schedule = DEFAULT
@@ -101,8 +101,8 @@ class MochiScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         """Follow `schedule`, from step `first_step` (0 is the first) on, until the block ends.
 
         Raises:
-            ValueError: a negative step. One beyond the last is found by `set_timesteps`.
-            RuntimeError: another run's plan is in force.
+            ValueError: a negative step. One beyond the last is refused by `set_timesteps`.
+            RuntimeError: another run's plan is active.
         """
         if first_step < 0:
             raise ValueError(f"first_step {first_step}: expected 0 or more")
@@ -114,7 +114,7 @@ class MochiScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         finally:
             self.schedule, self.first_step = DEFAULT, 0
 
-    # The pipeline looks for `sigmas` and `timesteps` among these names.
+    # The pipeline inspects the signature for `sigmas` and `timesteps`.
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -123,12 +123,12 @@ class MochiScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         mu: float | None = None,
         timesteps: Sequence[float] | None = None,
     ) -> None:
-        """Prepare for a run, like the stock method: with as many steps as it is given, but planned.
+        """Prepare for a run like the stock method, but following the plan.
 
-        Leaves `timesteps` of shape (steps - first_step,) and `sigmas`, longer by one.
+        Sets `timesteps` of shape (steps - first_step,) and `sigmas`, longer by one.
 
         Raises:
-            ValueError: a number of steps that the plan does not fit.
+            ValueError: the plan does not fit the number of steps.
         """
         given = next((values for values in (sigmas, timesteps) if values is not None), None)
         steps = num_inference_steps if given is None else len(given)

@@ -1,7 +1,7 @@
-"""The slot's scratch folder as a rank holds it: open, so that what is written lands in it.
+"""The slot's scratch folder, which a rank holds open so that its files land there.
 
-Should somebody move the data folder away and put another one in its place, the rank goes on in the
-folder that it was given, and its video is there when that one is put back.
+If the data folder is moved away and replaced by another, the rank continues in the folder that it
+was given, and its video is there when that one is put back.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mochi_app.disk_errors import UNUSABLE, said
+from mochi_app.disk_errors import UNUSABLE, mentions
 
 FOLLOWS = hasattr(os, "O_PATH")  # Linux, whose /proc leads to open folders
 
 
 class Scratch:
-    """The folder at `path`, opened when it is first asked for."""
+    """The folder at `path`, opened on first use."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._descriptor: int | None = None
 
     def folder(self) -> Path:
-        """A path that leads to the folder wherever it has been moved, for this process and those
-        that it starts; on macOS its name. One that was removed is opened, or made, anew.
+        """A path that leads to the folder wherever it has been moved, for this process and its
+        children; on macOS its original path. If it was removed, it is opened, or created, again.
 
         Raises:
-            OSError: it cannot be.
+            OSError: it cannot be opened or created.
         """
         if self._descriptor is not None and removed(self._descriptor):
             os.close(self._descriptor)
@@ -46,7 +46,7 @@ class Scratch:
 
 
 def removed(descriptor: int) -> bool:
-    """Whether nothing leads to the open folder any more, or its disk has forgotten it."""
+    """Whether the open folder has been deleted, or its disk no longer knows it."""
     try:
         return os.fstat(descriptor).st_nlink == 0
     except OSError:
@@ -54,8 +54,8 @@ def removed(descriptor: int) -> bool:
 
 
 def refused(error: Exception, folder: Path) -> bool:
-    """Whether an error of writing a video into the folder is the folder's, and no job's."""
+    """Whether an error while writing a video is the folder's fault and not the job's."""
     if isinstance(error, OSError):
         ours = error.filename is None or str(error.filename).startswith(str(folder))
         return ours and error.errno in UNUSABLE
-    return said(str(error), UNUSABLE)  # ffmpeg, in the system's words
+    return mentions(str(error), UNUSABLE)  # ffmpeg quotes the system

@@ -1,7 +1,7 @@
-"""Trade exactness, start-up or host memory for speed or GPU memory: an engine's options, all off.
+"""Trade exactness, start-up or host memory for speed or GPU memory: options, all off by default.
 
     options = SpeedOptions.of(config)
-    options.check(ranks)               # before weights are read: what cannot work fails at once
+    options.check(ranks)               # before weights are read: fail early
     pipe = open_pipeline(...)          # to the CPU with `options.offload`, else to the device
     apply(pipe, options, ranks)        # once; layouts may come and go afterwards
     ...
@@ -11,8 +11,8 @@
 blocks around them, offload what is then there, and put the cache outermost, so that a skipped block
 is neither computed nor fetched. The cache's rule over several ranks is `parallel.py`'s.
 
-What a request yields changes with these options, but never from run to run: a compiled engine is
-within rounding of a plain one, a quantized one has other weights, and a cached one skips work.
+A request's result depends on these options, but never changes from run to run: a compiled engine is
+within rounding of a plain one, a quantized one has different weights, and a cached one skips work.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ QUANTIZATIONS = ("none", "fp8", "int8")
 OFFLOADS = ("none", "model", "group")
 
 CASTING_HOOK = "layerwise_casting"
-# Graphs of one function that torch may hold. The first, a middle and the last block differ, as do
-# one and two samples, layouts with and without guidance, and each adapter's name and rank. Past the
-# limit torch runs what is new uncompiled.
+# Compiled graphs that torch may keep of one function. The first, a middle and the last block
+# differ, as do one and two samples, layouts with and without guidance, and each adapter's name and
+# rank. Past the limit torch runs new variants uncompiled.
 GRAPHS = 64
 
 
@@ -52,10 +52,10 @@ class SpeedOptions:
     """What to switch on.
 
     `cache_threshold` is the relative change of the first block's residual, from one step to the
-    next, up to which the other blocks' last result is taken again; 0 switches the cache off.
-    `compile` is of the transformer's blocks. `quantization` is of the transformer's weights at
-    rest, not of its arithmetic. `offload` keeps weights in host memory: of parts not in use, or of
-    all but the block that computes.
+    next, up to which the other blocks' last result is reused; 0 turns the cache off. `compile`
+    applies to the transformer's blocks, `quantization` to its stored weights but not to its
+    arithmetic. `offload` keeps weights in host memory: those of parts not in use, or of all but the
+    current block.
 
     Raises:
         LoadError: a value that is not one of these.
@@ -76,14 +76,15 @@ class SpeedOptions:
 
     @classmethod
     def of(cls, config: Configure) -> SpeedOptions:
-        """Those of a rank's configuration."""
+        """The options in a rank's configuration."""
         return cls(config.cache_threshold, config.compile, config.quantization, config.offload)
 
     def check(self, ranks: Ranks) -> None:
         """Raise for what cannot work in this process, before any weights are read.
 
         Raises:
-            LoadError: a package or compiler is missing, or offloading without one lone GPU.
+            LoadError: a package or compiler is missing, or offloading in a slot that is not one
+                GPU.
         """
         if self.compile:
             check_compiler(ranks.device)
@@ -125,7 +126,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def apply(pipe: MochiPipeline, options: SpeedOptions, ranks: Ranks) -> None:
-    """Switch `options` on, for the life of `pipe`: one in host memory, if it is to be offloaded.
+    """Apply `options` for the life of `pipe`, which must be in host memory if it is offloaded.
 
     Raises:
         LoadError: see `SpeedOptions.check`.
@@ -144,21 +145,21 @@ def apply(pipe: MochiPipeline, options: SpeedOptions, ranks: Ranks) -> None:
 
 
 def reset(pipe: MochiPipeline) -> None:
-    """Forget what a run left: a cache's last result, and parts left on the GPU by an offload.
+    """Clear what a run left: a cache's last result, and parts left on the GPU by an offload.
 
-    The pipeline does this itself at the end of a call, but not when an exception leaves it early.
-    Weights that the exception left in their type of computation need nothing: the way from float8
-    and back is exact, and the next pass takes it.
+    The pipeline does this itself at the end of a call, but not after an exception. Weights that the
+    exception left in their compute dtype need nothing: the cast from float8 and back is exact, and
+    the next pass does it.
     """
     pipe.maybe_free_model_hooks()
 
 
 def quantize(transformer: MochiTransformer3DModel, kind: str) -> None:
-    """Keep weights in one byte each, and compute in the type that they had: `fp8` or `int8`.
+    """Store weights in one byte each, and compute in their original dtype: `fp8` or `int8`.
 
-    fp8 is a plain cast, of each layer but the embedding of patches, the last, and all norms with
-    their modulation, which are 27 % of Mochi's weights. int8 has a scale for each row and is of all
-    linear layers in the blocks, 99 %. `transformer.pos_frequencies` is no layer's and stays.
+    fp8 is a plain cast of every layer but the patch embedding, the last, and all norms with their
+    modulation, which hold 27 % of Mochi's weights. int8 has a scale per row and covers all linear
+    layers in the blocks, 99 %. `transformer.pos_frequencies` belongs to no layer and is left alone.
     """
     if kind == "fp8":
         transformer.enable_layerwise_casting(
@@ -171,10 +172,10 @@ def quantize(transformer: MochiTransformer3DModel, kind: str) -> None:
 
 @contextmanager
 def uncast(transformer: MochiTransformer3DModel) -> Iterator[None]:
-    """Have weights in their type of computation while adapters (LoRA) are added.
+    """Keep weights in their compute dtype while adapters (LoRA) are added.
 
-    An adapter takes the type of its layer's weights, and cannot compute in float8. Without fp8
-    nothing happens; with it, the block takes as much memory as the loading did.
+    An adapter takes the dtype of its layer's weights, and cannot compute in float8. Without fp8
+    this does nothing; with it, the block takes as much memory as loading did.
     """
     layers = cast_layers(transformer)
     for layer, hook in layers:
@@ -189,17 +190,17 @@ def uncast(transformer: MochiTransformer3DModel) -> Iterator[None]:
 def compile_blocks(transformer: MochiTransformer3DModel, backend: str = "inductor") -> None:
     """Compile what each block does around its attention: norms, modulation, feed-forward.
 
-    Attention runs as it is. It depends on the number of valid text tokens, for which torch would
-    compile anew with every length of a prompt, and it talks to other ranks. Its module's `forward`
-    is what stays, so a layout may replace the processor without a new compilation. Likewise the
-    block's `forward` and not its call is compiled, so hooks of the block, which are a layout's, a
-    cache's or an offload's, stay out. Layers whose weights are cast for each pass run as they are.
+    Attention is not compiled. It depends on the number of valid text tokens, so torch would
+    recompile for every prompt length, and it communicates with other ranks. Its module's `forward`
+    is what is excluded, so a layout may replace the processor without recompilation. Likewise the
+    block's `forward` and not its call is compiled, so hooks on the block (a layout's, a cache's or
+    an offload's) stay out. Layers whose weights are cast for each pass are not compiled.
 
-    A layout's hooks inside of blocks are compiled in. torch must notice that they come and go,
-    which it does not by default; this is set for the whole process.
+    A layout's hooks inside blocks are compiled in. torch must notice when they come and go, which
+    it does not by default; this is set for the whole process.
     """
     torch._dynamo.config.skip_nnmodule_hook_guards = False
-    transformer.requires_grad_(False)  # an adapter would do it, and torch would start over
+    transformer.requires_grad_(False)  # an adapter would do it, and torch would recompile
     without_tracing: Any = torch.compiler.disable
     compiled: Any = partial(torch.compile, dynamic=True, backend=backend, recompile_limit=GRAPHS)
     for block in transformer.transformer_blocks:
@@ -221,10 +222,10 @@ def cast_layers(module: torch.nn.Module) -> list[tuple[torch.nn.Module, Any]]:
 
 
 def offload_groups(pipe: MochiPipeline, device: torch.device) -> None:
-    """Fetch each block of the transformer for its computation, and each layer of the text encoder.
+    """Offload the transformer by block and the text encoder by layer, to fetch each when needed.
 
-    On a GPU the next block is on its way while one computes, which takes pinned host memory of the
-    transformer's size. The VAE is small and stays on `device`: its `decode` would pass by the hook.
+    On a GPU the next block is prefetched while one computes, which takes pinned host memory of the
+    transformer's size. The VAE is small and stays on `device`: its `decode` would bypass the hook.
     """
     pipe.transformer.enable_group_offload(
         device, offload_type="block_level", num_blocks_per_group=1, use_stream=device.type == "cuda"

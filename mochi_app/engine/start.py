@@ -1,4 +1,4 @@
-"""Load the model into this rank, by its configuration."""
+"""Load the model into this rank according to its configuration."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 
 def load(config: Configure, emit: Emit) -> Engine:
-    """Load the model that `config` names, ready to run, and try it on the smallest video, which is
-    encoded into the scratch folder and removed: a slot is ready when it has made one.
+    """Load the model that `config` names and try it on the smallest video, which is encoded into
+    the scratch folder and removed: a slot is ready when it has made one.
 
     Raises:
         EncodeError, OSError: the smallest video cannot be encoded or written.
@@ -69,7 +69,7 @@ def load(config: Configure, emit: Emit) -> Engine:
     speed.apply(pipe, options, ranks)
     colours = LatentColours.read(Path(config.model) / "latent_rgb.json")
     loras = Path(config.lora_dir) if config.lora_dir else None
-    exact = options.cache_threshold == 0  # a cache is state that no checkpoint has
+    exact = options.cache_threshold == 0  # a cache is state that checkpoints do not hold
     engine = Engine(pipe, colours, ranks, loras, budget, facts if exact else None)
     emit(Loading(what="warming up"))
     frames = engine.warm_up()
@@ -79,8 +79,8 @@ def load(config: Configure, emit: Emit) -> Engine:
 
 
 def try_encoder(frames: Frames, folder: Path) -> None:
-    """Encode a video into the folder and remove it. A folder that cannot be used now is no fault of
-    this rank.
+    """Encode a video into the folder and remove it. An unusable folder is only logged: it is not
+    this rank's fault.
 
     Raises:
         EncodeError, OSError: it cannot be encoded or written.
@@ -96,7 +96,7 @@ def try_encoder(frames: Frames, folder: Path) -> None:
 
 
 def precision_facts(precision: Precision) -> dict[str, str]:
-    """The types of the parts, as a stamp has them."""
+    """The parts' dtypes, for a checkpoint's stamp."""
     return {
         f"{item.name} type": name_of(getattr(precision, item.name)) for item in fields(precision)
     }

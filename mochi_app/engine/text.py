@@ -1,4 +1,4 @@
-"""A request's prompts to embeddings, read by the first rank and told to the others."""
+"""Encode a request's prompts on the first rank and broadcast the embeddings to the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mochi_app.messages import Run
 
 @dataclass(frozen=True, slots=True)
 class TextEmbeddings:
-    """What the text encoder says, in float32: embeddings (1, L, D), masks (1, L).
+    """The text encoder's output, in float32: embeddings (1, L, D), masks (1, L).
 
     The negative ones are None without guidance.
     """
@@ -25,9 +25,9 @@ class TextEmbeddings:
 
 
 def encode_text(pipe: MochiPipeline, ranks: Ranks, request: Run) -> TextEmbeddings:
-    """Both prompts, one at a time as the pipeline does it; no negative one without guidance.
+    """Encode both prompts, one at a time as the pipeline does; no negative one without guidance.
 
-    The first rank reads them, the others are told.
+    The first rank encodes them, the others receive the result.
     """
     guided = request.guidance_scale > 1.0
     device = pipe._execution_device

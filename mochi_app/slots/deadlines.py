@@ -1,4 +1,4 @@
-"""What must have happened on a slot by when, on a clock that stands while this process does."""
+"""What must happen on a slot by when, on a clock that pauses while this process is stopped."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-WATCH_INTERVAL = 0.1  # seconds between looks at the deadlines
+WATCH_INTERVAL = 0.1  # seconds between checks of the deadlines
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """The moment (`time.monotonic()`) by which something must have happened; else the reason."""
+    """The moment (`time.monotonic()`) by which something must happen, and the reason if not."""
 
     at: float
     reason: str
 
 
 class Rank(Protocol):
-    """What has a heartbeat, last heard `heard_at` (`time.monotonic()`); `label` is for people."""
+    """Sends heartbeats, the last at `heard_at` (`time.monotonic()`); `label` is for people."""
 
     heard_at: float
 
@@ -38,23 +38,23 @@ class Deadlines:
         return name in self._by_name
 
     def set(self, name: str, seconds: float, what: str) -> None:
-        """From now on it is `seconds` until `what` is the reason to end the slot."""
+        """Start a deadline: in `seconds`, `what` becomes the reason to end the slot."""
         self._by_name[name] = Deadline(
             time.monotonic() + seconds, f"{what} within {seconds:g} seconds"
         )
 
     def drop(self, *names: str) -> None:
-        """What they were for has happened, or does not matter any more."""
+        """Drop deadlines that were met or no longer matter."""
         for name in names:
             self._by_name.pop(name, None)
 
     def clear(self) -> None:
-        """Nothing is waited for any more."""
+        """Drop all deadlines."""
         self._by_name.clear()
 
     async def passed(self, ranks: Sequence[Rank], silence: float) -> str:
-        """Wait until a deadline has passed, or a rank has been silent for `silence` seconds; the
-        reason."""
+        """Wait until a deadline has passed or a rank has been silent for `silence` seconds, and
+        return the reason."""
         now = time.monotonic()
         while True:
             due = now + WATCH_INTERVAL
@@ -69,8 +69,8 @@ class Deadlines:
                     return deadline.reason
 
     def forgive(self, ranks: Sequence[Rank], now: float, late: float) -> None:
-        """Move all on by the seconds in which this process itself was held up (stopped, suspended,
-        or starved): what the ranks said meanwhile was not heard, or not said."""
+        """Extend all deadlines by the seconds for which this process itself was held up (stopped,
+        suspended or starved): messages sent meanwhile were not read, or not sent."""
         for rank in ranks:
             rank.heard_at = min(now, rank.heard_at + late)
         for name, deadline in self._by_name.items():

@@ -1,4 +1,4 @@
-"""One job on the ranks of a slot: what they say of it, and what comes of it."""
+"""One job on the ranks of a slot: their messages about it, and its outcome."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mochi_app import messages
 
 
 class JobFailed(RuntimeError):
-    """The engine reports that the job failed; the slot may well be healthy."""
+    """The engine reported that the job failed; the slot may still be healthy."""
 
     def __init__(self, error: str, *, disk_full: bool = False, unwritten: bool = False) -> None:
         super().__init__(error)
@@ -22,10 +22,10 @@ class JobCancelled(Exception):
 
 
 class JobRun:
-    """One run of one job. Made on the event loop.
+    """One run of one job. Create it on the event loop.
 
-    `outcome` is the last word on it: Done, Failed or Cancelled. `all_followed` is done when the
-    ranks other than the first have done their part; `following` of them still have it to do.
+    `outcome` is its final message: Done, Failed or Cancelled. `all_followed` is done when the ranks
+    other than the first have finished their part; `following` of them have not.
     """
 
     def __init__(
@@ -40,13 +40,14 @@ class JobRun:
         self._on_event = on_event
 
     def take(self, message: messages.JobEvent, *, first: bool) -> bool:
-        """Take what a rank, the `first` or another, says of this job; whether that is progress."""
+        """Handle a message about this job from the `first` or another rank; whether it is
+        progress."""
         match message:
             case messages.Followed():
                 self.following -= 1
                 if not self.following and not self.all_followed.done():
                     self.all_followed.set_result(None)
-            case messages.Failed():  # of any rank
+            case messages.Failed():  # from any rank
                 self._settle(message)
             case _ if not first:
                 pass

@@ -1,6 +1,6 @@
-"""All slots of this server: keep each alive, hand out the ready ones, own what runs on them.
+"""All slots of this server: keep each alive, lease the ready ones, own what runs on them.
 
-The pool knows nothing of jobs beyond the tasks that run them. A task belongs to the pool, so a
+The pool knows nothing about jobs except the tasks that run them. A task belongs to the pool, so a
 caller that goes away (a ticket, a browser) cancels nothing.
 """
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def threads_per_rank(settings: Settings) -> int:
-    """CPU threads of one CPU rank: the setting, or the cores shared among all CPU ranks."""
+    """CPU threads of one CPU rank: the setting, or an equal share of the cores."""
     if settings.threads:
         return settings.threads
     ranks = sum(device == "cpu" for slot in settings.slots for device in slot.devices)
@@ -37,7 +37,7 @@ def threads_per_rank(settings: Settings) -> int:
 
 
 class SupervisedSlot:
-    """A slot with its supervisor's view of it: deaths in a row, when it is tried again."""
+    """A slot as its supervisor sees it: deaths in a row, when it will be restarted."""
 
     def __init__(self, slot: Slot, provision: Provision) -> None:
         self.slot = slot
@@ -56,7 +56,7 @@ class SupervisedSlot:
         return self.slot.state is SlotState.READY and not self.slot.dying and not self.leased
 
     def describe(self) -> dict[str, Any]:
-        """State for people and probes, JSON-ready; the log has the paths that this leaves out."""
+        """State for people and probes, JSON-ready; paths are left to the log."""
         state: str = self.slot.state
         detail = self.slot.detail
         if self.slot.state is SlotState.DOWN:
@@ -119,7 +119,7 @@ class Pool:
         return slot
 
     def start(self) -> None:
-        """Begin to bring all slots up; returns at once."""
+        """Start bringing up all slots; returns at once."""
         assert not self._supervisors, "the pool was started already"
         self._supervisors = [
             asyncio.create_task(self._watch_over(slot), name=f"slot {slot.slot.index}")
@@ -131,7 +131,7 @@ class Pool:
             await self._supervise(supervised)
 
     async def _supervise(self, supervised: SupervisedSlot) -> None:
-        """Fetch the model, start, wait for the end, back off, again: for ever."""
+        """Fetch the model, start, wait for the end, back off, repeat forever."""
         slot = supervised.slot
         while True:
             certain = False
@@ -142,7 +142,7 @@ class Pool:
                 started = time.monotonic()
                 reason = await slot.died()
                 if time.monotonic() - started > self._settings.restart_backoff_max:
-                    supervised.deaths = 0  # it stood long enough: not one failure after another
+                    supervised.deaths = 0  # it ran long enough: not a series of failures
             except SlotDied as error:
                 reason = str(error)
             except WeightsError as error:
@@ -151,9 +151,9 @@ class Pool:
                 log.exception("slot %d: its supervisor stumbled", slot.index)
                 reason = f"{type(error).__name__}: {error}"
                 await slot.stop(grace=0)
-            self._provision.forget()  # the files may be what is wrong
-            # Ranks that start anew after a job's error are no fault of the slot, unless again and
-            # again: then it is the slot that no job succeeds on.
+            self._provision.forget()  # the files may be the cause
+            # Restarting the ranks after a job's error is not the slot's fault, unless it repeats:
+            # then no job succeeds on this slot.
             supervised.deaths += not slot.blameless or supervised.renewed
             supervised.renewed = slot.blameless
             supervised.restarts += 1
@@ -177,7 +177,7 @@ class Pool:
         return min(most, self._settings.restart_backoff * 2.0 ** (deaths - 1))
 
     def ready_slot(self) -> SupervisedSlot | None:
-        """The first slot that could take a job now."""
+        """The first slot that can take a job now."""
         if self._stopping:
             return None
         return next((slot for slot in self.slots if slot.ready), None)
@@ -191,7 +191,8 @@ class Pool:
     def run(
         self, supervised: SupervisedSlot, work: Callable[[Slot], Coroutine[Any, Any, bool]]
     ) -> asyncio.Task[None]:
-        """Lease a ready slot to `work` until it returns; True from it clears the slot's deaths."""
+        """Lease a ready slot to `work` until it returns; if it returns True, the slot's deaths are
+        cleared."""
         assert supervised.ready, f"slot {supervised.slot.index} is not ready"
         supervised.leased = True
         task = asyncio.create_task(self._run(supervised, work))
@@ -213,7 +214,7 @@ class Pool:
             self.on_change()
 
     async def stop(self, drain_seconds: float) -> None:
-        """Take no more runs, give the running ones `drain_seconds`, then end every process."""
+        """Accept no more runs, give the running ones `drain_seconds`, then end every process."""
         self._stopping = True
         if self._runs:
             await asyncio.wait(list(self._runs), timeout=drain_seconds)

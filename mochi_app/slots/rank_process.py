@@ -1,7 +1,7 @@
 """One rank as its slot sees it: a child process with a channel.
 
-Started, spoken to and ended here; what its messages mean and when it must end is the slot's
-(`slot.py`).
+Starts the process, sends and receives messages, and ends it; what messages mean and when it must
+end is decided by the slot (`slot.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RankProcess(ChildProcess):
         self._reader: asyncio.StreamReader | None = None
 
     async def spawn(self, command: Sequence[str], name: str) -> None:
-        """Start the process with one end of a socketpair; else as `start`."""
+        """Start the process with one end of a socketpair; otherwise like `start`."""
         ours, theirs = socket.socketpair()
         try:
             self._reader, self._writer = await asyncio.open_unix_connection(
@@ -63,7 +63,7 @@ class RankProcess(ChildProcess):
         """The next message, None at the end of the channel.
 
         Raises:
-            ProtocolError: something else came.
+            ProtocolError: what arrived is not a message.
         """
         assert self._reader is not None
         try:
@@ -84,7 +84,7 @@ class RankProcess(ChildProcess):
             self._writer.write(messages.encode(message))
 
     async def end(self) -> None:
-        """Kill it if it lives, reap it, free its pipes and its channel."""
+        """Kill it if it is alive, reap it, and close its pipes and its channel."""
         try:
             await super().end()
         finally:

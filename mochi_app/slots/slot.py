@@ -1,13 +1,14 @@
 """The parent side of one slot: start its rank processes, talk to them, notice when they fail.
 
-A slot owns processes and deadlines, not policy: when it dies it says why (`SlotDied`) and stays
-down until `start()` is called again; `pool.py` decides when. It knows no history, and it names the
-engine (`python -m mochi_app.engine.rank`) instead of importing it, so torch never enters here.
+A slot owns processes and deadlines, not policy: when it dies it reports why (`SlotDied`) and stays
+down until `start()` is called again; `pool.py` decides when. It does not know the history, and it
+names the engine (`python -m mochi_app.engine.rank`) instead of importing it, so torch is never
+loaded here.
 
 What is watched, and what each catches:
     the exit of a process    kills, crashes, exits
     the heartbeat            a frozen process, or a frozen machine
-    progress of the job      a hang while the heartbeat thread beats on
+    progress of the job      a hang while the heartbeat thread keeps running
     the start and load times a start that never ends
     the cancel time          a step so long that a cancel would not free the device
 """
@@ -52,7 +53,7 @@ class SlotState(StrEnum):
 
 
 class SlotDied(RuntimeError):
-    """The processes of a slot are gone. The message says how."""
+    """The processes of a slot are gone. The message says how they ended."""
 
 
 async def first_of(*futures: asyncio.Future[Any], timeout: float | None = None) -> None:
@@ -80,13 +81,13 @@ class Slot:
         self.index = index
         self.spec = spec
         self.scratch = scratch
-        self.model: Path | None = None  # the folder to load, where it is not what the settings name
+        self.model: Path | None = None  # the folder to load, if not the one that the settings name
         self.video = (0, 0, 0)  # height, width, frames that must fit; see `messages.Configure`
         self.state = SlotState.DOWN
         self.detail = "not started"
         self.since = time.monotonic()
         self.epoch = 0
-        self.blameless = False  # its last end was no fault of the slot
+        self.blameless = False  # its last end was not the slot's fault
         self.versions: dict[str, str] = {}
         self.load_seconds: float | None = None
         self._settings = settings
@@ -110,12 +111,12 @@ class Slot:
 
     @property
     def gpu_bytes(self) -> list[int | None]:
-        """GPU memory that each rank holds; None where it has no GPU or has not said."""
+        """GPU memory that each rank holds; None without a GPU or a report."""
         return [rank.gpu_bytes for rank in self._ranks]
 
     @property
     def dying(self) -> bool:
-        """Whether its processes are gone or about to be, though `state` may not say so yet."""
+        """Whether its processes are gone or about to be, even if `state` does not show it yet."""
         return self._losing or (self._death is not None and self._death.done())
 
     @property
@@ -135,7 +136,7 @@ class Slot:
         """Spawn the ranks and wait until each has loaded its model.
 
         Raises:
-            SlotDied: they did not come up; everything that was started is gone again.
+            SlotDied: they did not come up; everything that was started has been ended.
         """
         assert self.state is SlotState.DOWN, f"slot {self.index} is {self.state}"
         loop = asyncio.get_running_loop()
@@ -198,11 +199,11 @@ class Slot:
         return self.scratch / f"rendezvous-{self.epoch}"
 
     def _forget_rendezvous(self) -> None:
-        with contextlib.suppress(OSError):  # a folder that cannot be used is told by the ranks
+        with contextlib.suppress(OSError):  # the ranks report a folder that cannot be used
             self._rendezvous.unlink(missing_ok=True)
 
     async def died(self) -> str:
-        """Wait until the processes are gone, and say why. For a slot that has started."""
+        """Wait until the processes are gone, and return why. Only after `start()`."""
         assert self._death is not None, f"slot {self.index} was never started"
         reason = await asyncio.shield(self._death)
         await self._reap()
@@ -220,18 +221,18 @@ class Slot:
         await self._reap()
 
     def kill(self, reason: str) -> None:
-        """Kill the ranks at once; whoever waits for this slot gets `reason`."""
+        """Kill the ranks at once; whatever waits for this slot gets `reason`."""
         self._die(reason)
 
     def _die(self, reason: str) -> None:
-        """All ranks go together: peers of a lost rank may be blocked in a collective."""
+        """Kill all ranks together: peers of a lost rank may be blocked in a collective."""
         if self._death is not None and not self._death.done():
             self._death.set_result(reason)
         for rank in self._ranks:
             rank.kill()
 
     async def _reap(self) -> None:
-        """Reap every process; afterwards the slot is DOWN. May be called by several at a time."""
+        """Reap every process; afterwards the slot is DOWN. Safe to call concurrently."""
         await unbroken(self._end_everything())
 
     async def _end_everything(self) -> None:
@@ -274,9 +275,9 @@ class Slot:
         await self._lose(rank)
 
     async def _lose(self, rank: RankProcess) -> None:
-        """The channel of a rank has ended: its peers go at once, for they may be blocked in a
-        collective or about to complain of it; the reason is settled when its status is there."""
-        if self.dying:  # of something else, or of a peer's end
+        """Handle the end of a rank's channel: kill its peers at once, since they may be blocked in
+        a collective or about to fail in one; the reason is set once its exit status is known."""
+        if self.dying:  # for another reason, or because of a peer
             return
         self._losing = True
         for peer in self._ranks:
@@ -317,14 +318,14 @@ class Slot:
         on_event: Callable[[messages.JobEvent], None],
         timeouts: Timeouts | None = None,
     ) -> messages.Done:
-        """Run one job; `on_event` hears its stages, steps and pictures.
+        """Run one job; `on_event` gets its stages, steps and pictures.
 
         `timeouts` are its deadlines, those of the settings if None.
 
         Raises:
-            JobFailed: the engine says so.
+            JobFailed: the engine reports so.
             JobCancelled: after `cancel()`.
-            SlotDied: the processes went away meanwhile.
+            SlotDied: the processes died meanwhile.
         """
         if self.state is not SlotState.READY or self._death is None:
             raise SlotDied(self.detail or f"slot {self.index} is {self.state}")
@@ -344,7 +345,7 @@ class Slot:
                 self._set(SlotState.READY)
 
     async def _conclude(self, run: JobRun) -> messages.Done:
-        """What came of the run: a result that arrived wins over a death or a cancel after it."""
+        """The run's outcome: a result that arrived wins over a later death or cancel."""
         assert self._death is not None
         outcome = run.outcome.result() if run.outcome.done() else None
         match outcome:
@@ -365,10 +366,10 @@ class Slot:
         raise SlotDied(self._death.result())
 
     async def _all_live(self, run: JobRun) -> bool:
-        """Whether no rank was lost, of which a failure that the ranks did not agree on may tell:
-        it may be read before the end of the lost one's channel.
+        """Whether no rank was lost. A failure that the ranks did not agree on may come from a lost
+        peer, and be read before the end of that peer's channel.
 
-        Ranks that live, but do not come to the end of the job, wait for the one that failed.
+        Ranks that are alive but do not finish the job are waiting for the one that failed.
         """
         if self.spec.world_size == 1:
             return True
@@ -382,7 +383,7 @@ class Slot:
         return True
 
     def cancel(self, job_id: str) -> None:
-        """Ask for the job to stop at its next boundary; the slot is killed if that takes long."""
+        """Ask the job to stop at its next boundary; the slot is killed if that takes too long."""
         if self._run is None or job_id != self._run.job_id or self._run.cancelling:
             return
         self._run.cancelling = True

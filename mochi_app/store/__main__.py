@@ -24,32 +24,32 @@ from mochi_app.store.backups import list_backups, make_backup
 from mochi_app.store.checks import Sentinel
 from mochi_app.store.job_index import JobIndex
 from mochi_app.store.lock import LOCK_NAME, locked_by
-from mochi_app.store.restore import Restored, look, look_at_backup, restore, video_ids
+from mochi_app.store.restore import Restored, inspect, inspect_backup, restore, video_ids
 
 
 def check(data_dir: Path) -> bool:
-    """Say what stands in the data folder; whether all of it is well."""
+    """Print what is in the data folder; whether all of it is sound."""
     history, files = data_dir / "history", video_ids(data_dir)
     holder = locked_by(data_dir / LOCK_NAME)
-    say(f"{data_dir}: " + (f"process {holder} serves it" if holder else "no server runs on it"))
+    report(f"{data_dir}: " + (f"process {holder} serves it" if holder else "no server runs on it"))
     good = True
     try:
-        # The sentinel first: beside a server the database may be ahead of it, never behind.
-        meta, index = look(history, Sentinel.read(history))
-        say(f"history: sound, {tally(index)}, {meta.get('writes', 0)} changes")
-        good = tell_of_orphans(files, index)
+        # The sentinel first: while a server runs, the database may be ahead of it, never behind.
+        meta, index = inspect(history, Sentinel.read(history))
+        report(f"history: sound, {tally(index)}, {meta.get('writes', 0)} changes")
+        good = report_orphans(files, index)
     except HistoryError as error:
         good = False
-        say(f"history: {error}")
+        report(f"history: {error}")
     for backup in list_backups(data_dir):
         try:
-            found = tally(look_at_backup(backup.path))
-            say(f"backup {backup.path.name}: sound, {found}, {backup.writes} changes")
+            found = tally(inspect_backup(backup.path))
+            report(f"backup {backup.path.name}: sound, {found}, {backup.writes} changes")
         except HistoryError as error:
             good = False
-            say(f"backup {backup.path.name}: {error}")
+            report(f"backup {backup.path.name}: {error}")
     if not list_backups(data_dir):
-        say("backups: none")
+        report("backups: none")
     return good
 
 
@@ -60,11 +60,11 @@ def tally(index: JobIndex) -> str:
     return f"{len(index)} jobs" + (f" ({', '.join(counted)})" if counted else "")
 
 
-def tell_of_orphans(files: Sequence[str], index: JobIndex) -> bool:
-    """Tell of videos without a record; whether there are none."""
+def report_orphans(files: Sequence[str], index: JobIndex) -> bool:
+    """Print videos without a record; whether there are none."""
     orphans = sorted(job_id for job_id in files if index.get(job_id) is None)
     if orphans:
-        say(
+        report(
             f"videos: {len(orphans)} without a record, first {orphans[0]}; to adopt them, stop the"
             " server and run: python -m mochi_app.store restore"
         )
@@ -74,8 +74,8 @@ def tell_of_orphans(files: Sequence[str], index: JobIndex) -> bool:
 # The command
 
 
-def say(line: str) -> None:
-    """One line for people."""
+def report(line: str) -> None:
+    """Print one line for people."""
     sys.stdout.write(line + "\n")
 
 
@@ -84,19 +84,21 @@ def counted(count: int, one: str, many: str) -> str:
     return f"{count} {one if count == 1 else many}"
 
 
-def tell(done: Restored) -> None:
-    """Say what a restore did."""
+def report_restored(done: Restored) -> None:
+    """Print what a restore did."""
     followed = done.followed
-    say(f"restored from {done.source or 'the videos alone'}: {counted(done.jobs, 'job', 'jobs')}")
+    source = done.source or "the videos alone"
+    report(f"restored from {source}: {counted(done.jobs, 'job', 'jobs')}")
     if followed.adopted:
-        say(f"adopted {counted(followed.adopted, 'video', 'videos')} that it did not know")
+        report(f"adopted {counted(followed.adopted, 'video', 'videos')} that it did not know")
     if followed.ended:
-        say(f"{counted(followed.ended, 'job', 'jobs')} that waited had their video: not run again")
+        waited = counted(followed.ended, "job", "jobs")
+        report(f"{waited} that waited had their video: not run again")
     if followed.gone:
-        say(f"{counted(followed.gone, 'job has', 'jobs have')} no video any more: now evicted")
+        report(f"{counted(followed.gone, 'job has', 'jobs have')} no video any more: now evicted")
     for name in followed.strange:
-        say(f"left in place without a record: {name}")
-    say(f"what stood there before is in {done.aside}")
+        report(f"left in place without a record: {name}")
+    report(f"what stood there before is in {done.aside}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -118,7 +120,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is told at the top."""
+    """Run one command; returns the exit status described above."""
     given = parse(arguments)
     try:
         data_dir = given.data_dir or load_settings().data_dir
@@ -127,9 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 0 if check(data_dir) else 1
             case "backup":
                 made = make_backup(data_dir)
-                say(f"{made.path}: sound, {made.writes} changes")
+                report(f"{made.path}: sound, {made.writes} changes")
             case "restore":
-                tell(restore(data_dir, given.backup))
+                report_restored(restore(data_dir, given.backup))
     except (SettingsError, HistoryError, OSError) as error:
         sys.stderr.write(f"cannot {given.command}: {error}\n")
         return 2

@@ -8,27 +8,14 @@ from pathlib import Path
 
 from mochi_app.errors import MediaError
 from mochi_app.jobs import Job, JobStatus, parse_job_id
-from mochi_app.request import (
-    MAX_GUIDANCE_SCALE,
-    MAX_LORA_SCALE,
-    MAX_PROMPT_CHARS,
-    MAX_SEED,
-    MAX_STEPS,
-    MIN_SIDE,
-    MIN_STEPS,
-    RequestError,
-    check_integer,
-    check_number,
-    check_schedule,
-    check_text,
-    safe_repr,
-)
+from mochi_app.parameters import read_parameters
+from mochi_app.request import RequestError, check_text, safe_repr
 from mochi_app.store.checks import JOB, Record, Rows
 from mochi_app.store.job_index import JobIndex
 from mochi_app.store.media import VIDEO_SUFFIX, MediaStore
 from mochi_app.store.metadata import read_metadata
 
-MAX_SIDE, MAX_FRAMES, MAX_FPS = 8192, 10_000, 240  # sanity of what a file says of itself
+MAX_MODEL_CHARS = 2000
 WAITING = (JobStatus.CREATED, JobStatus.PENDING, JobStatus.PROCESSING)
 
 
@@ -110,40 +97,17 @@ def rebuilt(job_id: str, metadata: Record, at: float) -> Job:
     """
     if metadata.get("job_id") != job_id:
         raise RequestError(f"it is the video of job {safe_repr(metadata.get('job_id'))}")
-    kind, parent, lora = (metadata.get(name) for name in ("kind", "parent_id", "lora"))
+    kind, parent = metadata.get("kind"), metadata.get("parent_id")
     if kind not in ("preview", "enhance"):
         raise RequestError(f"kind: got {safe_repr(kind)}, expected preview or enhance")
-
-    def count(name: str, least: int, most: int) -> int:
-        return check_integer(name, metadata.get(name), least=least, most=most)
-
-    def words(name: str, least: int = 0) -> str:
-        return check_text(name, metadata.get(name, ""), least=least, most=MAX_PROMPT_CHARS)
-
-    steps = count("num_inference_steps", MIN_STEPS, MAX_STEPS)
     return Job(
+        **read_parameters(metadata),
         id=job_id,
         kind=kind,
         parent_id=None if parent is None else parse_job_id(parent),
-        prompt=words("prompt", least=1),
-        negative_prompt=words("negative_prompt"),
-        seed=count("seed", 0, MAX_SEED),
-        num_inference_steps=steps,
-        guidance_scale=check_number(
-            "guidance_scale", metadata.get("guidance_scale"), least=0, most=MAX_GUIDANCE_SCALE
-        ),
-        height=count("height", MIN_SIDE, MAX_SIDE),
-        width=count("width", MIN_SIDE, MAX_SIDE),
-        num_frames=count("num_frames", 1, MAX_FRAMES),
-        fps=count("fps", 1, MAX_FPS),
-        schedule=check_schedule(metadata.get("schedule"), steps),
-        lora=None if lora is None else words("lora", least=1),
-        lora_scale=check_number(
-            "lora_scale", metadata.get("lora_scale"), least=0, most=MAX_LORA_SCALE
-        ),
         submitted_at=int(job_id[:14], 16) / 1e6,  # ids begin with the microsecond they were drawn
         status=JobStatus.COMPLETED,
         completed_processing_at=at,
         attempts=1,
-        model=words("model"),
+        model=check_text("model", metadata.get("model", ""), least=0, most=MAX_MODEL_CHARS),
     )

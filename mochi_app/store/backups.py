@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import math
 import os
@@ -24,6 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from mochi_app.errors import HistoryError, without_folders
 from mochi_app.files import fsync
@@ -48,7 +49,7 @@ TEMPORARY = "tmp-backup.db"  # what a killed process leaves of it is removed by 
 LOCK_SECONDS = 0.1  # between looks whether another process has made its backup
 PAGES_PER_STEP = 1000  # 4 MB; between steps a copy can be called off
 SPARE_BYTES = 64 << 20  # that a backup leaves free
-LOOK_SECONDS = 60.0  # between looks at whether one is due
+CHECK_SECONDS = 60.0  # between looks at whether one is due
 RETRY_SECONDS = 600.0  # after a failure
 
 
@@ -157,10 +158,7 @@ def only_one(folder: Path, called_off: Callable[[], bool]) -> Iterator[None]:
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        while True:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+        while not lock_descriptor(descriptor, blocking=False):
             if called_off():
                 raise CalledOff
             time.sleep(LOCK_SECONDS)
@@ -275,7 +273,7 @@ class Backups:
                 if without_folders(problem) != self.problem:
                     log.warning("%s", problem)
                 self.problem = without_folders(problem)
-            await asyncio.sleep(RETRY_SECONDS if self.problem else LOOK_SECONDS)
+            await asyncio.sleep(RETRY_SECONDS if self.problem else CHECK_SECONDS)
 
     def _make_due(self) -> None:
         """Make one if the newest is old enough and lacks something."""

@@ -22,7 +22,7 @@ from mochi_app.store.job_index import JobIndex, RequestKey
 DATABASE, SENTINEL = diskcache.core.DBNAME, "store.json"
 JOB, REQUEST, META = "job:", "request:", "meta"
 JOB_END = "job;"  # ";" comes after ":"
-SENTINEL_BYTES = 256  # of fixed length: overwritten in place, which takes no space
+SENTINEL_BYTES = 256  # fixed length: overwritten in place, which needs no free space
 
 Record = dict[str, Any]
 Rows = dict[str, Record | str | None]  # None deletes
@@ -48,7 +48,7 @@ class RecordDisk(diskcache.Disk):  # type: ignore[misc]
     """Text keys and JSON text values, in the database only. Nothing is ever unpickled."""
 
     def put(self, key: Any) -> tuple[str, bool]:
-        """The key as it is stored."""
+        """The key in its stored form."""
         if not isinstance(key, str):
             raise TypeError(f"history keys are texts, got {safe_repr(key)}")
         return key, True
@@ -71,7 +71,7 @@ class RecordDisk(diskcache.Disk):  # type: ignore[misc]
         """The value of a row that `store` wrote.
 
         Raises:
-            HistoryError: it wrote no such row; the value was not looked at.
+            HistoryError: `store` wrote no such row; the value was not parsed.
         """
         plain = mode == diskcache.core.MODE_RAW and filename is None and isinstance(value, str)
         if not plain or read:
@@ -86,12 +86,12 @@ class RecordDisk(diskcache.Disk):  # type: ignore[misc]
 
 
 def request_row(key: RequestKey) -> str:
-    """Key of the row that (owner, request_id) has; JSON, so that no two pairs share one."""
+    """Key of the row for (owner, request_id); JSON, so that no two pairs share one."""
     return REQUEST + orjson.dumps(key).decode()
 
 
 def check_nothing_left(data_dir: Path, path: Path) -> None:
-    """Whether a folder without a history never had one.
+    """Make sure that a folder without a history never had one.
 
     Raises:
         HistoryError: it has videos.
@@ -105,7 +105,7 @@ def check_nothing_left(data_dir: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def garbage_collection_paused() -> Iterator[None]:
-    """For building many objects that stay: halves the time, as nothing is walked over and over."""
+    """For building many long-lived objects: halves the time, as none is traversed repeatedly."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -116,28 +116,28 @@ def garbage_collection_paused() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(what: str, mend: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Turn errors of disk and database into `HistoryError`, after `mend`: what could not be done,
-    what the disk said, what to do."""
+def explained(what: str, recover: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Turn errors of disk and database into `HistoryError`, after `recover`: what could not be
+    done, what the disk reported, what to do."""
     try:
         yield
     except (sqlite3.Error, diskcache.Timeout, OSError) as error:
-        mend()
+        recover()
         cause: BaseException = error
         while isinstance(cause.__context__, sqlite3.Error | OSError):
             cause = cause.__context__  # diskcache hides the first error behind its own
-        said = str(cause) or "database is locked"
-        advice = [do for found, do in ADVICE.items() if found in said.lower()]
+        reason = str(cause) or "database is locked"
+        advice = [do for found, do in ADVICE.items() if found in reason.lower()]
         raise HistoryError(
-            f"cannot {what}: {said}; "
+            f"cannot {what}: {reason}; "
             f"{advice[0] if advice else 'check the disk and the permissions of the folder'}"
         ) from error
 
 
 @dataclass(frozen=True, slots=True)
 class Sentinel:
-    """What `store.json` says: identity, jobs at the last start or end, changes ever made, whether
-    a server serves it that has not begun to end."""
+    """The content of `store.json`: identity, jobs at the last start or end, changes ever made, and
+    whether a server that has not begun to stop is serving the folder."""
 
     store: str | None = None
     jobs: int | None = None
@@ -146,49 +146,49 @@ class Sentinel:
 
     @classmethod
     def read(cls, folder: Path) -> Sentinel | None:
-        """That of a history's folder: an empty one when it is damaged, None when there is none."""
+        """The sentinel of a history's folder: an empty one if damaged, None if there is none."""
         try:
-            said = orjson.loads((folder / SENTINEL).read_bytes())
-            store, jobs, writes = said["store"], said.get("jobs"), said.get("writes", 0)
+            record = orjson.loads((folder / SENTINEL).read_bytes())
+            store, jobs, writes = record["store"], record.get("jobs"), record.get("writes", 0)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError, AttributeError):
             return cls()
         good = isinstance(store, str) and isinstance(jobs, int | None) and isinstance(writes, int)
-        return cls(store, jobs, writes, said.get("serving") is True) if good else cls()
+        return cls(store, jobs, writes, record.get("serving") is True) if good else cls()
 
     def content(self) -> bytes:
-        """The file's content, always of one length."""
-        said = {
+        """The file's content, always of the same length."""
+        record = {
             "store": self.store,
             "jobs": self.jobs,
             "writes": self.writes,
             "serving": self.serving,
         }
-        return orjson.dumps(said).ljust(SENTINEL_BYTES) + b"\n"
+        return orjson.dumps(record).ljust(SENTINEL_BYTES) + b"\n"
 
 
 def checksum(key: str, value: str) -> int:
-    """Of a row, kept in its `tag`: SQLite itself does not notice a changed byte of a value."""
+    """A row's checksum, kept in its `tag`: SQLite itself does not notice a changed byte."""
     return zlib.crc32(value.encode(), zlib.crc32(key.encode()))
 
 
 def check_pages(database: sqlite3.Connection, path: Path) -> None:
-    """Whether the file's structure is sound.
+    """Check that the file's structure is sound.
 
     Raises:
-        HistoryError: it is not; the message tells what SQLite found.
+        HistoryError: it is not; the message has what SQLite found.
     """
-    found = [" ".join(said.split()) for (said,) in database.execute("PRAGMA quick_check(5)")]
+    found = [" ".join(line.split()) for (line,) in database.execute("PRAGMA quick_check(5)")]
     if found != ["ok"]:
         raise HistoryError(f"{path} is damaged ({'; '.join(found)}): {RESTORE}")
 
 
 def check_counts(database: sqlite3.Connection, path: Path) -> None:
-    """Whether no row has gone missing from table or index, as a stale page would make it.
+    """Check that no row is missing from table or index, as after a stale page.
 
     Raises:
-        HistoryError: one has.
+        HistoryError: one is.
     """
     ((kept, stored, indexed),) = database.execute(
         "SELECT (SELECT value FROM Settings WHERE key = 'count'),"
@@ -203,7 +203,7 @@ def check_counts(database: sqlite3.Connection, path: Path) -> None:
 
 
 def has_tables(database: sqlite3.Connection) -> bool:
-    """Whether this is a history, or nothing yet."""
+    """Whether this is a history rather than an empty database."""
     tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
     return {"Cache", "Settings"} <= tables
 
@@ -236,9 +236,9 @@ def read_meta(database: sqlite3.Connection, folder: Path) -> Record:
 
 
 def uptime_of(meta: Record) -> float:
-    """The uptime that was written down last; 0 when none was."""
-    said = meta.get("uptime")
-    return float(said) if isinstance(said, int | float) else 0.0
+    """The last recorded uptime; 0 when there is none."""
+    uptime = meta.get("uptime")
+    return float(uptime) if isinstance(uptime, int | float) else 0.0
 
 
 def read_jobs(database: sqlite3.Connection, folder: Path) -> JobIndex:
@@ -257,7 +257,7 @@ def read_job(key: str, record: Any) -> Job:
     """The job of one row.
 
     Raises:
-        HistoryError: it is none, or of a later version.
+        HistoryError: it is not a job, or one of a later version.
     """
     try:
         if not isinstance(record, dict) or JOB + str(record.get("id")) != key:
@@ -271,7 +271,7 @@ def read_job(key: str, record: Any) -> Job:
 
 
 def check_whole(meta: Record, sentinel: Sentinel | None, path: Path) -> None:
-    """Whether a database with this `meta` is the folder's own, with all of its changes.
+    """Check that a database with this `meta` is the folder's own, with all of its changes.
 
     Raises:
         HistoryError: it is missing, empty, another one, or lacks its newest changes.

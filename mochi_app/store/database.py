@@ -1,11 +1,11 @@
-"""The disk under the history: JSON rows in diskcache, checked at start, one server a data folder.
+"""The storage of the history: JSON rows in diskcache, checked at start, one server per data folder.
 
 Rows are JSON text under text keys: `job:<id>` is the record, `request:["<owner>","<request_id>"]`
 the id of the job that a request made, `meta` the identity of the store and the number of changes
-ever made to it. `history/store.json`, the sentinel, names the same identity and, behind each
+ever made to it. `history/store.json`, the sentinel, holds the same identity and, updated after each
 commit, the same number: a lost, emptied or swapped database is never taken for an empty history,
-and one that lacks its newest changes (its `cache.db-wal` was lost) is not taken for a whole one.
-Each row carries a checksum. What the rows mean to the rest of the app is told in `history.py`.
+and one that lacks its newest changes (its `cache.db-wal` was lost) is not taken for a complete one.
+Each row has a checksum. What the rows mean to the rest of the app is described in `history.py`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from mochi_app.store.lock import LOCK_NAME, take_lock
 from mochi_app.store.opened import Opened, leads_to
 
 log = logging.getLogger(__name__)
-BUSY_SECONDS = 5.0  # patience with another program that holds the database
+BUSY_SECONDS = 5.0  # to wait for another program that holds the database
 NO_LIMIT = 2**62
 CHECKPOINT_SECONDS = 60.0  # how much of the history a lost cache.db-wal can cost
 
@@ -72,14 +72,14 @@ class RecordStore:
         self._opened_at = 0.0
         self._uptime = 0.0  # when it was opened
         self._serving = False
-        self.died = False  # the server before: it had not begun to end
+        self.died = False  # whether the previous server had not begun to stop
         self.meta: Record = {}
 
     def open(self) -> JobIndex:
         """Lock, check, read everything.
 
         Raises:
-            HistoryLocked, HistoryError: the store cannot be used, and was left as it is.
+            HistoryLocked, HistoryError: the store cannot be used, and was not changed.
         """
         try:
             with self._explained(f"open the history in {self._folder}"):
@@ -96,8 +96,8 @@ class RecordStore:
                     statistics=0,
                     tag_index=0,
                     disk_min_file_size=NO_LIMIT,
-                    sqlite_synchronous=2,  # FULL: a commit is on the disk, power loss or not
-                    sqlite_fullfsync=1,  # on macOS, too
+                    sqlite_synchronous=2,  # FULL: a commit survives a power loss
+                    sqlite_fullfsync=1,  # also on macOS
                     sqlite_checkpoint_fullfsync=1,
                     sqlite_mmap_size=0,  # an unreadable page is an error, not a SIGBUS
                 )
@@ -112,7 +112,7 @@ class RecordStore:
             raise
 
     def close(self, jobs: int | None = None) -> None:
-        """Close the database and give the lock back. `jobs` is how many records there are."""
+        """Close the database and release the lock. `jobs` is how many records there are."""
         self._serving = False
         if self._cache is not None and jobs is not None:
             self._jobs = jobs
@@ -122,24 +122,24 @@ class RecordStore:
         self._release()
 
     def begin_end(self) -> None:
-        """Have it known that this server ends because it was told to, should it be killed before
-        it has. From any thread, also in the midst of a write."""
+        """Record that this server was asked to stop, in case it is killed before it has. Safe to
+        call from any thread, even during a write."""
         if self._serving:  # else the file may be about to be closed
             self._serving = False
             self._follow()
 
     @property
     def uptime(self) -> float:
-        """Seconds that servers have had this store open, all of them together; no clock on the
-        wall has a part in it. The last ten minutes or so of a killed one may be missing."""
+        """Total seconds that servers have had this store open, independent of the wall clock. The
+        last ten minutes or so of a killed server may be missing."""
         return self._uptime + self._clock() - self._opened_at
 
     def write(self, rows: Rows) -> None:
         """Write these rows, or none of them; None deletes.
 
         Raises:
-            HistoryError: none was written, as far as the disk tells (see `read`), or not where the
-                next start would look for it.
+            HistoryError: none was written, as far as the disk reports (see `read`), or not where
+                the next start would look for it.
         """
         self.check()
         changes = sum(key.startswith(JOB) for key in rows)
@@ -168,7 +168,7 @@ class RecordStore:
         """What the disk holds for these ids.
 
         Raises:
-            HistoryError: it does not say.
+            HistoryError: it cannot be read.
         """
         self._require_opened()
         with self._explained("read the history"):
@@ -177,11 +177,11 @@ class RecordStore:
             return {key: record and Job.from_record(record) for key, record in records.items()}
 
     def check(self) -> None:
-        """See that the next start would find what is open here. A lock file or a sentinel that is
-        gone is put back.
+        """Check that the next start would find what is open here. A missing lock file or sentinel
+        is put back.
 
         Raises:
-            HistoryLocked, HistoryError: it would not: nothing may be written now.
+            HistoryLocked, HistoryError: it would not; nothing may be written now.
         """
         if self._opened is None:
             return
@@ -191,7 +191,7 @@ class RecordStore:
             self._keep_sentinel()
 
     def _require_opened(self) -> None:
-        """See that every path leads to the file that is open here.
+        """Check that every path leads to the file that is open here.
 
         Raises:
             HistoryError: one does not.
@@ -227,14 +227,14 @@ class RecordStore:
         self._hold_log()
 
     def _hold_log(self) -> None:
-        """Take hold of SQLite's files beside the database, which a new connection makes anew."""
+        """Hold SQLite's files next to the database, which each new connection creates again."""
         if self._opened is not None:
             for path in self._logs:
                 with contextlib.suppress(FileNotFoundError):
                     self._opened.hold(path)
 
     def _disconnect(self) -> None:
-        """Close the connection; the next use makes another, and its files beside the database."""
+        """Close the connection; the next use opens another and creates its files again."""
         if self._opened is not None:
             for path in self._logs:
                 self._opened.release(path)
@@ -242,7 +242,7 @@ class RecordStore:
             self._cache.close()
 
     def _keep_lock(self) -> None:
-        """Hold the lock file that other servers look at.
+        """Make sure that this server holds the lock file that other servers check.
 
         Raises:
             HistoryLocked, HistoryError: another one holds it, or did.
@@ -264,7 +264,7 @@ class RecordStore:
         self._lock = lock
 
     def _keep_sentinel(self) -> None:
-        """Hold the sentinel that the next start looks at. Raises OSError."""
+        """Make sure that the sentinel that the next start reads is open. Raises OSError."""
         path = self._folder / SENTINEL
         if self._sentinel is not None:
             if leads_to(path, self._sentinel):
@@ -275,44 +275,44 @@ class RecordStore:
         self._begin_sentinel()
 
     def _explained(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Turn errors of disk and database into `HistoryError`, with the connection usable."""
+        """Turn errors of disk and database into `HistoryError`; the connection stays usable."""
         return explained(what, self._reset)
 
     def _begin_sentinel(self) -> None:
         path = self._folder / SENTINEL
         self._serving = True
-        replace_file(path, self._said().content())
+        replace_file(path, self._sentinel_now().content())
         self._sentinel = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
-    def _said(self) -> Sentinel:
+    def _sentinel_now(self) -> Sentinel:
         writes = self.meta.get("writes", 0)
         return Sentinel(self.meta["store"], self._jobs, writes, self._serving)
 
     def _follow(self) -> None:
-        """Let the sentinel say what has been committed: after the commit, so that it is never
+        """Update the sentinel to what has been committed: after the commit, so that it is never
         ahead of the database. It is not flushed: it outlives the process, and after a power loss
-        it lags behind a little, which is no false alarm. A failure has the same effect."""
-        said = None
-        while self._sentinel is not None and said != self._said():  # it may change meanwhile
-            said = self._said()
+        it lags behind a little, which raises no false alarm. A failure has the same effect."""
+        written = None
+        while self._sentinel is not None and written != self._sentinel_now():  # it may change
+            written = self._sentinel_now()
             with contextlib.suppress(OSError):
-                os.pwrite(self._sentinel, said.content(), 0)
+                os.pwrite(self._sentinel, written.content(), 0)
 
     def _checkpoint(self) -> None:
-        """Now and then, move what was committed from cache.db-wal into cache.db."""
+        """From time to time, move what was committed from cache.db-wal into cache.db."""
         if time.monotonic() - self._checkpointed_at < CHECKPOINT_SECONDS:
             return
         self._checkpointed_at = time.monotonic()
         self._save_log()
 
     def _save_log(self) -> None:
-        with contextlib.suppress(sqlite3.Error):  # it is safe where it is, if that is still there
+        with contextlib.suppress(sqlite3.Error):  # it is safe in the -wal, if that still exists
             self._cache._sql("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def _reset(self) -> None:
-        """Leave a failed transaction: a new connection if the present one is stuck in it.
+        """Leave a failed transaction: reconnect if the connection is stuck in it.
 
-        Not while the path leads to another database, or to none, which would be made.
+        Not while the path leads to another database, or to none, which would be created.
         """
         if self._cache is None:
             return
@@ -358,7 +358,7 @@ class RecordStore:
             sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
         ) as database:
             check_pages(database, path)
-            database.execute("BEGIN IMMEDIATE")  # read-only, or held by another: say so now
+            database.execute("BEGIN IMMEDIATE")  # fail now if read-only, or held by another program
             database.execute("ROLLBACK")
             meta = read_meta(database, self._folder) if has_tables(database) else {}
             check_whole(meta, sentinel, path)
@@ -370,6 +370,6 @@ class RecordStore:
         return index
 
     def _begin(self, meta: Record | None = None) -> JobIndex:
-        """Take over the identity of the store, or make one for a new store."""
+        """Adopt the identity of the store, or create one for a new store."""
         self.meta = meta or {"store": secrets.token_hex(16), "last_id": None, "writes": 0}
         return JobIndex()

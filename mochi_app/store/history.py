@@ -1,8 +1,8 @@
-"""Every job ever asked for: records on the disk, an index in memory in front of it.
+"""Every job ever requested: records on the disk, with an index in memory in front of them.
 
-The disk is the truth and the index follows it: what is asked is answered from memory, what changes
-goes through the one writer (`writer.py`). Not here: the videos (`media.py`), and what may happen to
-a job when (`studio/`).
+The disk is the source of truth and the index follows it: reads are answered from memory, changes go
+through the one writer (`writer.py`). Not here: the videos (`media.py`), and what may happen to a
+job when (`studio/`).
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from mochi_app.store.writer import Draft, Writer
 
 __all__ = ["History", "HistoryError", "HistoryLocked", "JobPage", "JobQuery", "RecordDisk"]
 
-UPTIME_SECONDS = 600.0  # that a kill may take off the uptime
-ANSWER_SECONDS = 20.0  # more than a database that is held by another program takes
-FIXED = ("id", "owner", "request_id", "parent_id", "prompt")  # told at submit, indexed once
+UPTIME_SECONDS = 600.0  # of uptime that a kill may lose
+ANSWER_SECONDS = 20.0  # longer than a database that is held by another program takes
+FIXED = ("id", "owner", "request_id", "parent_id", "prompt")  # set at submit, indexed once
 
 
 class History:
-    """The jobs of one data folder. Made by `open`; used on one event loop.
+    """The jobs of one data folder. Created by `open`; used on one event loop.
 
-    Reads are synchronous and answer from memory. A write returns once it is on the disk. It is
-    made even when its caller is cancelled meanwhile, and then index and disk agree all the same.
+    Reads are synchronous and answered from memory. A write returns once it is on the disk. It is
+    made even if its caller is cancelled meanwhile, and index and disk still agree.
     """
 
     def __init__(self, store: RecordStore, index: JobIndex, thread: ThreadPoolExecutor) -> None:
@@ -45,7 +45,7 @@ class History:
 
     @classmethod
     async def open(cls, data_dir: Path) -> History:
-        """Open the history of `data_dir`, made where it is missing. 100k jobs take about 3 s.
+        """Open the history of `data_dir`, created if missing. 100k jobs take about 3 s.
 
         Raises:
             HistoryLocked: another process serves this folder.
@@ -62,7 +62,7 @@ class History:
         return cls(store, index, thread)
 
     async def close(self) -> None:
-        """Finish the writes that wait, close the store, give the lock back."""
+        """Finish pending writes, close the store and release the lock."""
         if self._closed:
             return
         self._closed = True
@@ -71,8 +71,8 @@ class History:
         self._thread.shutdown(wait=False)
 
     def begin_end(self) -> None:
-        """The server was told to end: should it be killed before it has, no job is to blame. May
-        be called by a signal's handler."""
+        """Record that the server was asked to stop: if it is killed before it has, no job is to
+        blame. May be called from a signal handler."""
         self._store.begin_end()
 
     @property
@@ -82,19 +82,19 @@ class History:
 
     @property
     def uptime(self) -> float:
-        """Seconds that servers have had this history open, all of them together: a clock that
-        nobody sets, for what must last over restarts."""
+        """Total seconds that servers have had this history open: a clock that nobody sets, for
+        times that must survive restarts."""
         return self._store.uptime
 
     async def keep_uptime(self) -> None:
-        """Write the uptime down, now and then. Raises HistoryError."""
+        """Record the uptime if the last record is old. Raises HistoryError."""
         if self.uptime - uptime_of(self._store.meta) >= UPTIME_SECONDS:
             await self._writer.write(self._writer.touch)
 
     @property
     def server_died(self) -> bool:
-        """Whether the server before this one was killed, or lost its power, without having been
-        told to end. What a restore put in place tells of no death."""
+        """Whether the previous server was killed, or lost its power, without having been asked to
+        stop. Never true right after a restore."""
         return self._store.died
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ class History:
 
     @property
     def last_id(self) -> str | None:
-        """The greatest id there ever was, its job removed or not. For `JobIds`."""
+        """The greatest id ever used, even if its job was removed. For `JobIds`."""
         return self._index.last_id
 
     def get(self, job_id: str) -> Job | None:
@@ -135,7 +135,7 @@ class History:
         return self.counts()[status]
 
     def held(self) -> int:
-        """How many PENDING jobs are held and not in the trash. From any thread."""
+        """How many PENDING jobs are held and not in the trash. Safe from any thread."""
         return self._index.held
 
     def counts(self) -> dict[JobStatus, int]:
@@ -152,15 +152,15 @@ class History:
         return self._index.page(query)
 
     async def add(self, job: Job, *, drawn: frozenset[str] = frozenset()) -> Job:
-        """Keep a new job, and its request_id with it.
+        """Add a new job with its request_id.
 
-        When the owner used that request_id before, the job it made is returned instead, provided
-        that the request is the same. Fields in `drawn` were not given by the caller (a seed drawn
-        for them) and are left out of the comparison.
+        If the owner used that request_id before, the job it made is returned instead, provided
+        that the request is the same. Fields in `drawn` were not given by the caller (such as a
+        drawn seed) and are not compared.
 
         Raises:
             Conflict: the request_id was used for another request; the message names the fields. Or
-                the job it made is in the trash, where no other call would know it.
+                the job it made is in the trash, where other calls would not find it.
             HistoryError: nothing was written.
         """
 
@@ -179,13 +179,13 @@ class History:
         return await self._write_job(plan)
 
     async def update(self, job_id: str, change: Callable[[Job], Job]) -> Job:
-        """Replace a job by `change(job)`, given its newest state. `change` must not wait.
+        """Replace a job by `change(job)`, given its newest state. `change` must not block.
 
-        Whatever `change` raises is raised here, and nothing was written.
+        Whatever `change` raises is raised here, and nothing is written.
 
         Raises:
             NotFound: there is no such job.
-            Conflict: the life of a job has no such move.
+            Conflict: a job cannot move to that status.
             HistoryError: nothing was written.
         """
 
@@ -204,7 +204,7 @@ class History:
         return await self._write_job(plan)
 
     async def remove(self, job_id: str) -> None:
-        """Remove the record for good, and its request_id with it.
+        """Permanently remove the record and its request_id.
 
         Raises:
             NotFound: there is no such job.
@@ -220,17 +220,17 @@ class History:
         await self._writer.write(plan)
 
     async def check(self) -> None:
-        """See that the store is where the next start would look for it, and answers.
+        """Check that the store is where the next start would look for it, and responds.
 
         Raises:
-            HistoryError: it is not, or does not; no file of the data folder may be touched.
+            HistoryError: it is not, or does not; no file in the data folder may be touched.
         """
         if self._closed:
             return
         if self._looking is None or self._looking.done():
             self._looking = asyncio.ensure_future(self._writer.run(self._store.check))
             self._looking.add_done_callback(lambda done: done.cancelled() or done.exception())
-        looking = self._looking  # another caller may begin another one
+        looking = self._looking  # another caller may start another check
         await asyncio.wait([looking], timeout=ANSWER_SECONDS)
         try:
             if not looking.done():
@@ -240,8 +240,8 @@ class History:
                 )
             looking.result()
         except HistoryError as error:
-            self._writer.ail(str(error))
-            raise HistoryError(*error.args) from error  # others may have got it, too
+            self._writer.set_problem(str(error))
+            raise HistoryError(*error.args) from error  # other callers may share the first one
 
     async def _write_job(self, plan: Callable[[Draft], Job]) -> Job:
         job = await self._writer.write(plan)
@@ -250,7 +250,7 @@ class History:
 
 
 def same_request(earlier: Job, job: Job, drawn: frozenset[str]) -> Job:
-    """`earlier` if it was asked for with the same parameters as `job`, but for those in `drawn`.
+    """`earlier` if it was requested with the same parameters as `job`, except those in `drawn`.
 
     Raises:
         Conflict: it was not; the message names the fields. Or it is in the trash.

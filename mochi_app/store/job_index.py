@@ -2,7 +2,7 @@
 
 Every job has an *ordinal*, its place in the order of ids (which is the order of time). Two byte
 columns hold status and flags by ordinal, and each word of a prompt has the ascending ordinals of
-the jobs that use it, so that a query is a few NumPy passes over bytes and never a walk over jobs.
+the jobs that use it, so that a query is a few NumPy passes over bytes and never a loop over jobs.
 Nothing here touches the disk, and nothing locks: the event loop is the only caller.
 """
 
@@ -35,7 +35,7 @@ _AFTER_ALL = "\U0010ffff"
 _STATUSES = tuple(JobStatus)
 _STATUS_CODE = {status: code for code, status in enumerate(_STATUSES)}
 
-MARKS = ("status", "starred", "held")  # by which jobs are listed, and which change
+MARKS = ("status", "starred", "held")  # fields that change and by which jobs are listed
 # Flags of a job, one byte.
 _GONE, _TRASHED, _STARRED, _ENHANCE, _VIDEO, _HELD = 1, 2, 4, 8, 16, 32
 
@@ -44,7 +44,7 @@ RequestKey = tuple[str, str]
 
 
 def words(value: str) -> list[str]:
-    """The words of a text, in order, as search compares them: NFKC, case folded."""
+    """The words of a text, in order, normalised for search: NFKC, case folded."""
     folded = value.lower() if value.isascii() else unicodedata.normalize("NFKC", value).casefold()
     return _WORD.findall(folded)
 
@@ -53,8 +53,8 @@ def words(value: str) -> list[str]:
 class JobQuery:
     """Which jobs to list; None means any.
 
-    Every word of `text` must be in the prompt, whatever its case; the last one may be the
-    beginning of a word. `page` counts from 1. `deleted` lists the trash instead of the rest.
+    Every word of `text` must be in the prompt, in any case; the last one may be a prefix of a word.
+    `page` counts from 1. `deleted` lists the trash instead of the rest.
 
     Raises:
         RequestError: a field is out of range; the message names it.
@@ -91,9 +91,9 @@ class JobPage:
 
 @dataclass
 class Revisions:
-    """How often the listings changed since the start, for those who show one: `listed` grows when
-    a job comes, goes, or goes to the trash and back, `marked` when a status, a star or a hold
-    changes."""
+    """How often the listings changed since the start, for pages that show one: `listed` grows when
+    a job is added or removed, or moved to the trash or back; `marked` when a status, a star or a
+    hold changes."""
 
     listed: int = 0
     marked: int = 0
@@ -144,7 +144,7 @@ class JobIndex:
     # Changes
 
     def put(self, job: Job) -> None:
-        """Take in a new job, or the new state of a known one (whose prompt has not changed)."""
+        """Add a new job, or update a known one (whose prompt has not changed)."""
         ordinal = self._ordinals.get(job.id)
         if ordinal is not None:
             self._revise(self._jobs[ordinal], job)
@@ -162,7 +162,7 @@ class JobIndex:
         self.last_id = max(job.id, self.last_id or "")
 
     def remove(self, job_id: str) -> None:
-        """Forget a job. Its ordinal stays behind, empty, until the next start."""
+        """Remove a job. Its ordinal stays empty until the next start."""
         job = self.get(job_id)
         if job is None:
             return
@@ -181,7 +181,7 @@ class JobIndex:
                 del self._children[job.parent_id]
 
     def _revise(self, before: Job | None, after: Job) -> None:
-        """Count what changes in the listings."""
+        """Update `revisions` for a changed job."""
         if before is None or (before.deleted_at is None) != (after.deleted_at is None):
             self.revisions.listed += 1
         elif any(getattr(before, name) != getattr(after, name) for name in MARKS):
@@ -205,7 +205,7 @@ class JobIndex:
             uses.append(ordinal)
 
     def _take_later(self, job_id: str) -> list[Job]:
-        """Take out the jobs after `job_id`: a few at most, as ids are drawn in order of time."""
+        """Take out the jobs after `job_id`: a few at most, since ids are created in order."""
         later: list[Job] = []
         while self._ids and self._ids[-1] > job_id:
             job = self._jobs.pop()
@@ -218,7 +218,7 @@ class JobIndex:
         return later[::-1]
 
     def _unlink(self, ordinal: int, job: Job) -> None:
-        """Take `ordinal` out of the words of `job`."""
+        """Remove `ordinal` from the words of `job`."""
         for word in set(words(job.prompt)):
             uses = self._uses[word]
             del uses[bisect_left(uses, ordinal)]
@@ -241,7 +241,7 @@ class JobIndex:
         self._count(ordinal, 1)
 
     def _count(self, ordinal: int, by: int) -> None:
-        """Let `counts` and `held` follow the columns of a job, neither gone nor in the trash."""
+        """Add `by` to `counts` and `held` for a job that is neither removed nor in the trash."""
         if not self._flags[ordinal] & (_GONE | _TRASHED):
             self._counts[self._status[ordinal]] += by
             self.held += by if self._flags[ordinal] & _HELD else 0
@@ -282,7 +282,7 @@ class JobIndex:
 
     @staticmethod
     def _column(column: bytearray) -> NDArray[np.uint8]:
-        """A view; it must not outlive the call, since a viewed bytearray cannot grow."""
+        """A view; it must not outlive the call, since a bytearray cannot grow while viewed."""
         return np.ndarray(len(column), dtype=np.uint8, buffer=column)
 
     def _at(self, ordinals: NDArray[np.intp]) -> list[Job]:
@@ -320,7 +320,7 @@ class JobIndex:
         return fit
 
     def _uses_words(self, wanted: list[str]) -> Bools:
-        """Which ordinals use every word, the last one as a beginning. No words: none."""
+        """Which ordinals use every word, the last one as a prefix. Without words: none."""
         fit = np.zeros(len(self._ids), dtype=np.bool_)
         if not wanted:
             return fit
@@ -337,6 +337,6 @@ class JobIndex:
         return vocabulary[start : bisect_left(vocabulary, prefix + _AFTER_ALL, start)]
 
     def _ordinals_of(self, wanted: list[str]) -> NDArray[np.intc]:
-        """Ordinals of the jobs that use any of these words; in no order, some more than once."""
+        """Ordinals of the jobs that use any of these words; unordered, with duplicates."""
         uses = self._uses
         return np.frombuffer(b"".join([uses[word] for word in wanted if word in uses]), np.intc)

@@ -1,9 +1,9 @@
-"""Logins that were ended by a logout: a cookie that was copied before it opens nothing after it.
+"""Logins that were ended by a logout: a cookie copied before it is useless afterwards.
 
 A cookie carries its login's id and series. The ids of ended logins are kept in the data folder, so
-that a restart revives none. Of one person at most `MOST_ENDED` are kept: when there are more than
-that which could still be used, the person's next series begins, and with it all logins of the one
-before end. So the file stays small, and what it forgets ends a login rather than reviving one.
+that a restart revives none. At most `MOST_ENDED` are kept per person: when more than that could
+still be used, the person's next series begins, which ends all logins of the previous one. So the
+file stays small, and dropping an entry ends logins rather than reviving them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST_ENDED = 1000  # logins of one person; some 40 KB of the file
 
 
 class Ended(BaseModel):
-    """One person's ended logins: all of earlier series, and of this one those in `until`, by id,
+    """One person's ended logins: all of earlier series, and those in `until` of this one, by id,
     with the time (seconds since 1970) after which their cookies are too old anyway."""
 
     series: int = 0
@@ -67,8 +67,8 @@ class EndedLogins:
         )
 
     async def add(self, name: str, login: str, until: float) -> None:
-        """End a login at once, and for good when this returns. A file that cannot be written is
-        told in the log: the login then stays ended until a restart, or for good after the next."""
+        """End a login at once, and permanently when this returns. If the file cannot be written,
+        that is logged: the login stays ended until a restart, or for good after the next write."""
         ended = self._people.setdefault(name, Ended())
         ended.until[login] = until
         if len(ended.until) > MOST_ENDED:

@@ -1,9 +1,9 @@
-"""Videos and posters on disk: put in place, found, counted, removed, swept; metadata read back.
+"""Videos and posters on disk: put in place, found, counted, removed, swept.
 
 Owns the folders below the data folder that hold files of jobs, and the order of the steps that make
-a finished video durable. It does not own records (`history.py`) or the writing of a video
+a finished video durable. It does not own records (`history.py`) or the encoding of videos
 (`engine/encode.py`). Every function blocks: call it in a thread. A path is only ever built from a
-job id of the right form, a slot's number, or a bare file name.
+valid job id, a slot's number, or a bare file name.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ FOLDERS = ("videos", "posters", "withheld", "checkpoints", "scratch", "backups")
 
 
 class MediaGone(MediaError):
-    """There is no such file, though its name is a good one."""
+    """The name is valid, but there is no such file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """How many files a sweep removed (left in scratch, temporary ones), and videos it filed."""
+    """How many files a sweep removed (from scratch, temporary ones), and videos it filed."""
 
     scratch: int
     temporary: int
@@ -47,7 +47,7 @@ class MediaStore:
     """The media folders of one data folder. Safe to use from several threads."""
 
     def __init__(self, data_dir: Path) -> None:
-        """Create what is missing and count what is there.
+        """Create missing folders and count the videos.
 
         Raises:
             OSError: a folder cannot be created or read.
@@ -64,7 +64,7 @@ class MediaStore:
         self._trash_sizes = video_sizes(self.trash)
 
     def scratch(self, slot: int) -> Path:
-        """The scratch folder of `slot`, empty whatever was in it."""
+        """The scratch folder of `slot`, emptied."""
         folder = self._scratch(slot)
         if folder.exists():
             shutil.rmtree(folder)
@@ -76,7 +76,7 @@ class MediaStore:
     ) -> tuple[str, str]:
         """Move a slot's finished video and poster into place; both are durable on return.
 
-        The poster goes first: a video that is there is whole and has its poster, even if the power
+        The poster goes first: a video in place is complete and has its poster, even if the power
         fails in between.
 
         Returns:
@@ -85,7 +85,7 @@ class MediaStore:
         Raises:
             RequestError: not a job id.
             MediaError: a name is not that of a regular file in the slot's scratch folder.
-            OSError: the disk refuses; calling again goes on where it stopped.
+            OSError: the disk refuses; calling again continues where it stopped.
         """
         job_id = parse_job_id(job_id)
         video = inside(self._scratch(slot), video_name)
@@ -93,7 +93,7 @@ class MediaStore:
         try:
             poster = inside(self._scratch(slot), poster_name)
         except MediaGone:
-            if not self._poster(job_id).is_file():  # else it was moved when the video could not be
+            if not self._poster(job_id).is_file():  # otherwise an earlier call has moved it
                 raise
         for source in filter(None, (poster, video)):
             fsync(source)
@@ -111,7 +111,7 @@ class MediaStore:
         return inside(self._scratch(slot), name).stat().st_size
 
     def tidy(self, slot: int, job_id: str) -> None:
-        """Remove what an ended run of the job left in the slot's scratch folder, whole or torn.
+        """Remove what an ended run of the job left in the slot's scratch folder, complete or not.
 
         What the disk refuses to remove is left to the next start.
         """
@@ -120,15 +120,15 @@ class MediaStore:
                 path.unlink(missing_ok=True)
 
     def has_video(self, job_id: str) -> bool:
-        """Whether the job's video was in place when somebody looked last; asks no disk."""
+        """Whether the job's video was in place at the last check; does not access the disk."""
         return job_id in self._sizes
 
     def video_path(self, job_id: str) -> Path | None:
-        """The job's video, or None if there is none; what others did to the file is noticed here.
+        """The job's video, or None if there is none; notices changes made by others.
 
         Raises:
             RequestError: not a job id.
-            OSError: the disk does not say.
+            OSError: the disk cannot be read.
         """
         path = self._video(parse_job_id(job_id))
         with self._lock:
@@ -149,7 +149,7 @@ class MediaStore:
         return path if path.is_file() else None
 
     def move_to_trash(self, job_id: str) -> None:
-        """Take the job's video, if there is one, out of the folder that is served.
+        """Move the job's video, if there is one, out of the folder that is served.
 
         Raises:
             RequestError: not a job id.
@@ -183,11 +183,11 @@ class MediaStore:
             self._sizes.pop(job_id, None)
 
     def remove(self, job_id: str) -> None:
-        """Remove whatever there is of the job's video and poster, for good.
+        """Permanently remove the job's video and poster, as far as they exist.
 
         Raises:
             RequestError: not a job id.
-            OSError: the disk refuses; calling again goes on where it stopped.
+            OSError: the disk refuses; calling again continues where it stopped.
         """
         job_id = parse_job_id(job_id)
         trashed = self.trash / (job_id + VIDEO_SUFFIX)
@@ -200,7 +200,7 @@ class MediaStore:
             self._trash_sizes.pop(job_id, None)
 
     def checkpoint(self, job_id: str) -> Path:
-        """The file for the job's checkpoint; the engine makes it and its folder.
+        """The path of the job's checkpoint; the engine creates the file and its folder.
 
         Raises:
             RequestError: not a job id.
@@ -220,7 +220,7 @@ class MediaStore:
             return 0.0
 
     def remove_checkpoint(self, job_id: str) -> None:
-        """Remove the job's checkpoint, if there is one; what cannot be removed is swept later.
+        """Remove the job's checkpoint, if any; what cannot be removed is swept later.
 
         Raises:
             RequestError: not a job id.
@@ -228,8 +228,8 @@ class MediaStore:
         shutil.rmtree(self.checkpoint(job_id).parent, ignore_errors=True)
 
     def sweep_checkpoints(self, going_on: Collection[str]) -> int:
-        """Remove what belongs to none of the jobs `going_on`, as far as that is possible; returns
-        how many. Only at start."""
+        """Remove checkpoints of jobs that are not in `going_on`, as far as possible; returns how
+        many. Only at start."""
         gone = [path for path in self.checkpoints.iterdir() if path.name not in going_on]
         for path in gone:
             with contextlib.suppress(OSError):
@@ -250,7 +250,7 @@ class MediaStore:
         )
 
     def orphans(self) -> list[str]:
-        """Names in the folder of videos that are no job's video."""
+        """Names in the folder of videos that are not job videos."""
         names = sorted(os.listdir(self.videos))
         return [name for name in names if not is_job_file(name, VIDEO_SUFFIX)]
 
@@ -265,17 +265,17 @@ class MediaStore:
             return self._sizes.get(job_id, 0) + self._trash_sizes.get(job_id, 0)
 
     def total_bytes(self) -> int:
-        """Bytes of all videos, those in the trash too; posters not counted."""
+        """Bytes of all videos, including the trash; posters are not counted."""
         with self._lock:
             return sum(self._sizes.values()) + sum(self._trash_sizes.values())
 
     def free_bytes(self) -> int:
-        """Bytes that the data folder's filesystem still takes."""
+        """Free bytes on the data folder's filesystem."""
         return shutil.disk_usage(self.data_dir).free
 
     def sweep(self, unfiled: Collection[str] = ()) -> Swept:
-        """Put into place what an earlier server finished for the jobs `unfiled`, and remove what a
-        dead one left half done. Only at start: nothing may run meanwhile.
+        """Put into place the videos that an earlier server finished for the jobs `unfiled`, and
+        remove leftovers. Only at start: nothing else may run meanwhile.
 
         What the disk refuses to remove is left to the next start.
         """
@@ -299,19 +299,19 @@ class MediaStore:
         return Swept(scratch=scratch, temporary=len(temporary), filed=filed)
 
     def _file_finished(self, folder: Path, unfiled: Collection[str]) -> int:
-        """Put the whole videos of these jobs from a slot's scratch folder into place; how many."""
+        """Put the complete videos of these jobs in a slot's scratch folder into place; how many."""
         filed = 0
         for path in sorted(folder.glob(f"*{VIDEO_SUFFIX}")):
             job_id = path.name.removesuffix(VIDEO_SUFFIX)
             if job_id in unfiled and folder.name.isdecimal():
-                with contextlib.suppress(MediaError, OSError):  # then it is made once more
+                with contextlib.suppress(MediaError, OSError):  # then the job runs again
                     if read_metadata(path).get("job_id") == job_id:
                         self.finalise(job_id, int(folder.name), path.name, job_id + POSTER_SUFFIX)
                         filed += 1
         return filed
 
     def recount(self) -> None:
-        """Look anew which videos there are: their folders were away, or replaced.
+        """Count the videos again: their folders were missing or replaced.
 
         Raises:
             OSError: a folder cannot be read.
@@ -331,7 +331,7 @@ class MediaStore:
 
 
 def move(source: Path, target: Path) -> None:
-    """Give a file another place, also on another disk; never is a part of it there.
+    """Move a file, even to another disk; `target` is never incomplete.
 
     Raises:
         OSError: the disk refuses; the file is where it was.
@@ -351,12 +351,12 @@ def move(source: Path, target: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # it is swept some day
+    with contextlib.suppress(OSError):  # it is swept later
         source.unlink()
 
 
 def remove_path(path: Path) -> None:
-    """Remove a file, a link, or a folder with all that is in it. Raises OSError."""
+    """Remove a file, a link, or a folder with its content. Raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

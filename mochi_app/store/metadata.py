@@ -1,4 +1,4 @@
-"""Prompt, seed and parameters, read back out of a video or a poster."""
+"""Read prompt, seed and parameters back out of a video or a poster."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ READ_TIMEOUT_SECONDS = 30
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `engine/encode.py` wrote into the MP4 at `path`: the request and what made it. Of its
-    two places, the comment comes first, and the XMP where a service has blanked the comment.
+    """What `engine/encode.py` wrote into the MP4 at `path`: the request and what made it. Read from
+    the comment, or from the XMP if a service has blanked the comment.
 
     Raises:
-        MediaError: no such file, not an MP4, a torn one, or one without metadata of this app.
+        MediaError: no such file, not an MP4, an incomplete one, or one without this app's metadata.
     """
     name = safe_repr(path.name)
     if not path.is_file():
@@ -38,7 +38,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise MediaError(f"{name}: the video carries no metadata")
     if not records:
         raise MediaError(f"{name}: the video's comment is not metadata of this app")
-    # Who puts a comment of their own in place of ours may well write JSON.
+    # A comment that another program put in place of ours may be JSON as well.
     return next((record for record in records if "prompt" in record), records[0])
 
 
@@ -46,7 +46,7 @@ def read_poster_metadata(path: Path) -> dict[str, Any]:
     """What `engine/encode.py` wrote into the WebP at `path`: the same as into its video.
 
     Raises:
-        MediaError: no such file, not a WebP, or one without metadata of this app.
+        MediaError: no such file, not a WebP, or one without this app's metadata.
     """
     name = safe_repr(path.name)
     if not path.is_file():
@@ -77,7 +77,7 @@ def dump_ffmetadata(path: Path) -> str:
     program = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-v", "error"]
     source = ["-protocol_whitelist", "file", "-f", "mp4", "-i", f"file:{path.resolve()}"]
     tags = ["-f", "ffmetadata", "pipe:1"]
-    # ffmpeg takes a file without streams for a success: ask for a packet of the video too.
+    # ffmpeg succeeds on a file without streams: ask for a packet of the video, too.
     packet = ["-map", "0:v:0", "-c", "copy", "-frames:v", "1", "-f", "null", "-"]
     try:
         done = subprocess.run(
@@ -95,10 +95,10 @@ def dump_ffmetadata(path: Path) -> str:
 
 
 def parse_ffmetadata(text: str) -> dict[str, str]:
-    r"""The global tags of an ffmetadata text, a later one of a name winning.
+    r"""The global tags of an ffmetadata text; of duplicate names the last one wins.
 
-    Its rules (ffmpeg's formats manual): lines `key=value`; `=`, `;`, `#`, `\` and a line feed are
-    escaped by a backslash; other lines from `;` or `#` are comments; `[...]` begins a section.
+    The format (ffmpeg's formats manual): lines `key=value`; `=`, `;`, `#`, `\` and a line feed are
+    escaped by a backslash; lines that start with `;` or `#` are comments; `[...]` begins a section.
     """
     tags: dict[str, str] = {}
     key: str | None = None

@@ -1,9 +1,9 @@
-"""Whether the folders below the data folder can be used: looked at every second.
+"""Whether the folders below the data folder can be used: checked every second.
 
-While one that a video needs cannot, no job is begun and what is finished waits (`filing.py`): that
-is the disk's trouble, and no job's. It is over when the folder is good again, which is noticed
-here; a folder that was simply removed is made again. What an operation met that a look does not see
-(a disk with errors) is kept in mind until a file can be written to every folder.
+While one that a video needs cannot, no job is started and finished videos wait (`filing.py`): the
+problem is the disk's, not a job's. It ends when a check finds the folder usable again; a folder
+that was removed is created again. An error that a check does not see (a failing disk) is remembered
+until a file can be written to every folder.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from mochi_app.store.media import FOLDERS, TEMPORARY_PREFIX, MediaStore
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0
-NEEDED = ("videos", "posters", "scratch")  # and the slots' folders in the last
+CHECK_SECONDS = 1.0
+NEEDED = ("videos", "posters", "scratch")  # and the slots' folders in scratch
 VIDEOS = ("videos", "withheld")
 PROBE = f"{TEMPORARY_PREFIX}probe"
 
@@ -44,80 +44,81 @@ class Outputs:
         self._names = (*FOLDERS, *(f"scratch/{slot}" for slot in range(slots)))
         self._folders = {name: media.data_dir / name for name in self._names}
         self._first = self._before = self._places()
-        self._looked: str | None = None  # what the last look found
-        self._met: str | None = None  # what an operation met since a file could be written
+        self._looked: str | None = None  # what the last check found
+        self._met: str | None = None  # an operation's error since a file could last be written
         self._waiting: dict[str, str] = {}  # why finished videos are not in place, by job id
-        self._told: str | None = None
+        self._reported: str | None = None
         self._recounted = False
         self._looking = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
     @property
     def problem(self) -> str | None:
-        """Why no video could be kept now."""
+        """Why no video can be saved now."""
         return self.problem_of_folders or next(iter(self._waiting.values()), None)
 
     @property
     def problem_of_folders(self) -> str | None:
-        """As `problem`, but for finished videos that wait."""
+        """Like `problem`, without the finished videos that wait."""
         return self._looked or self._met
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start checking."""
         self._task = asyncio.create_task(self._watch(), name="outputs")
 
     async def stop(self) -> None:
-        """Look no more."""
+        """Stop checking."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _watch(self) -> None:
         while True:
-            await self.look()
-            await asyncio.sleep(LOOK_SECONDS)
+            await self.check()
+            await asyncio.sleep(CHECK_SECONDS)
 
     def met(self, reason: str) -> None:
         """A video could not be written, for this reason."""
         self._met = f"a video could not be written: {reason}"
-        self._tell()
+        self._report()
 
     def wait(self, job_id: str, reason: str) -> None:
         """A finished video waits to be put into place, for this reason, until `filed`."""
         self._waiting[job_id] = f"a finished video cannot be put into place: {reason}"
-        self._tell()
+        self._report()
 
     def filed(self, job_id: str) -> None:
-        """The job's video does not wait any more."""
+        """The job's video is no longer waiting."""
         self._waiting.pop(job_id, None)
-        self._tell()
+        self._report()
 
-    async def look(self) -> bool:
-        """Look at every folder; whether all that a video needs are good, as far as that shows.
+    async def check(self) -> bool:
+        """Check every folder; whether all that a video needs are usable, as far as can be seen.
 
         Touches nothing while the history is not the one that this server opened: then the folders
-        beside it are not, either.
+        next to it are not, either.
         """
         async with self._looking:
             thorough = self._met is not None or bool(self._waiting)
             met = self._met
             try:
                 await self._history.check()
-                problems = await asyncio.to_thread(self._look, thorough)
+                problems = await asyncio.to_thread(self._find_problems, thorough)
             except HistoryError:
                 return False
             except OSError as error:
                 problems = {NEEDED[0]: reason_of(error)}
             needed = [name for name in problems if name.split("/")[0] in NEEDED]
-            self._looked = told(needed[0], problems[needed[0]]) if needed else None
-            self.warnings = [told(name, problems[name]) for name in problems if name not in needed]
+            others = [name for name in problems if name not in needed]
+            self._looked = describe(needed[0], problems[needed[0]]) if needed else None
+            self.warnings = [describe(name, problems[name]) for name in others]
             if thorough and not needed and self._met == met:
                 self._met = None
-            self._tell()
+            self._report()
             return not needed
 
-    def _look(self, thorough: bool) -> dict[str, str]:
-        """Why folders cannot be used, by their names; those that are gone are made again."""
+    def _find_problems(self, thorough: bool) -> dict[str, str]:
+        """Why folders cannot be used, by name; missing ones are created again."""
         problems = {}
         for name, folder in self._folders.items():
             try:
@@ -143,31 +144,31 @@ class Outputs:
                 places[name] = found.st_dev, found.st_ino
         return places
 
-    def _tell(self) -> None:
-        """Log and show what has changed."""
+    def _report(self) -> None:
+        """Log a changed problem and notify the pages."""
         if self._recounted:
             self._recounted = False
             self._changed.beat()
-        if self.problem == self._told:
+        if self.problem == self._reported:
             return
         if self.problem is None:
             log.info("videos can be kept again")
         else:
             log.error("no job is started: %s", self.problem)
-        self._told = self.problem
+        self._reported = self.problem
         self._changed.beat()
 
 
-def told(name: str, reason: str) -> str:
+def describe(name: str, reason: str) -> str:
     """What is wrong with a folder, for people."""
     return f"the folder {name} cannot be used: {reason}"
 
 
 def require_usable(folder: Path, first: tuple[int, int] | None, thorough: bool) -> None:
-    """See that files can be made in the folder, and that they will be found again.
+    """Check that files can be created in the folder and will be found again.
 
-    `first` is the folder's device, and inode, at the start of the server. `thorough` writes a file,
-    and does not take the system's word for it.
+    `first` is the folder's device and inode at the start of the server. `thorough` writes a file
+    instead of trusting the system's permission check.
 
     Raises:
         OSError: they cannot.
@@ -186,7 +187,7 @@ def require_usable(folder: Path, first: tuple[int, int] | None, thorough: bool) 
 
 
 def try_writing(folder: Path) -> None:
-    """Make a small file in the folder, see it to the disk, remove it.
+    """Write a small file into the folder, sync it and remove it.
 
     Raises:
         OSError: the disk refuses.

@@ -1,7 +1,7 @@
-"""Put the best sound copy of a history in place, and let the records follow the videos.
+"""Restore the best sound copy of a history, and make the records match the videos.
 
-What it can restore is checked as a server would check it; what it replaces is kept aside. The
-command is `python -m mochi_app.store restore` (`__main__.py`).
+A copy is checked as a server would check it; what it replaces is moved aside. The command is
+`python -m mochi_app.store restore` (`__main__.py`).
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ from mochi_app.store.job_index import JobIndex
 from mochi_app.store.lock import LOCK_NAME, take_lock
 from mochi_app.store.media import MediaStore, video_sizes
 
-WORK = "restoring"  # below backups/: where the new history is made ready
+WORK = "restoring"  # below backups/: where the new history is prepared
 VIDEOS_ALONE = Path("videos")
 
 
 # Looking
 
 
-def look(history: Path, sentinel: Sentinel | None) -> tuple[Record, JobIndex]:
-    """Identity and jobs of the database in this folder, which is whole and sound.
+def inspect(history: Path, sentinel: Sentinel | None) -> tuple[Record, JobIndex]:
+    """Identity and jobs of the database in this folder.
 
     Raises:
-        HistoryError: it is not.
+        HistoryError: it is not complete and sound.
     """
     path = history / DATABASE
     with explained(f"read the history in {history}"):
@@ -70,11 +70,11 @@ def look(history: Path, sentinel: Sentinel | None) -> tuple[Record, JobIndex]:
             return meta, read_jobs(database, history) if meta else JobIndex()
 
 
-def look_at_backup(path: Path) -> JobIndex:
-    """The jobs of a backup, which is sound.
+def inspect_backup(path: Path) -> JobIndex:
+    """The jobs of a backup.
 
     Raises:
-        HistoryError: it is not.
+        HistoryError: it is not sound.
     """
     with explained(f"read {path}"), reading(path) as database:
         check_pages(database, path)
@@ -100,10 +100,10 @@ class Restored:
 
 
 def restore(data_dir: Path, chosen: Path | None = None) -> Restored:
-    """Put a sound copy of the history in place and let it follow the videos.
+    """Put a sound copy of the history in place and make it match the videos.
 
-    Nothing is removed: what stood in place is moved to a folder of its own below `backups/`. A
-    crash at any moment leaves a folder that refuses to start until this is done again.
+    Nothing is removed: the replaced files are moved to their own folder below `backups/`. After a
+    crash at any moment the server refuses to start until this is run again.
 
     Raises:
         HistoryLocked: a server runs on the folder.
@@ -133,7 +133,7 @@ def restore(data_dir: Path, chosen: Path | None = None) -> Restored:
 
 
 def newer_than_all(meta: Record, data_dir: Path, sentinel: Sentinel | None) -> Record:
-    """`meta` with a count of changes above all that this store has had, also in its backups."""
+    """`meta` with a count of changes above any that this store has had, including its backups."""
     seen = [backup.writes for backup in list_backups(data_dir, meta["store"])]
     if sentinel is not None and sentinel.store == meta["store"]:
         seen.append(sentinel.writes)
@@ -141,10 +141,10 @@ def newer_than_all(meta: Record, data_dir: Path, sentinel: Sentinel | None) -> R
 
 
 def in_one_file(path: Path) -> Path:
-    """Have everything that was committed in the database's own file.
+    """Move everything that was committed into the database's own file.
 
     Raises:
-        HistoryError: some of it stays in its -wal.
+        HistoryError: some of it stays in the -wal.
     """
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
         if database.execute("PRAGMA journal_mode=DELETE").fetchone() != ("delete",):
@@ -154,7 +154,7 @@ def in_one_file(path: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(data_dir: Path) -> Iterator[None]:
-    """Keep servers off the folder meanwhile."""
+    """Lock the folder against servers."""
     descriptor = take_lock(data_dir / LOCK_NAME)
     try:
         own(data_dir / LOCK_NAME, data_dir)
@@ -166,7 +166,7 @@ def locked(data_dir: Path) -> Iterator[None]:
 
 
 def candidates(data_dir: Path, sentinel: Sentinel | None, chosen: Path | None) -> list[Path]:
-    """The files to try, the best first; none when the videos are all there is.
+    """The files to try, the best first; none if there are only videos.
 
     Raises:
         HistoryError: there is nothing to restore.
@@ -201,17 +201,16 @@ def candidates(data_dir: Path, sentinel: Sentinel | None, chosen: Path | None) -
 
 
 def of_one_store(backups: list[Backup]) -> list[Backup]:
-    """Those of the store that was backed up last."""
+    """The backups of the store that was backed up last."""
     last = max(backups, key=lambda backup: backup.made_at, default=None)
     return [backup for backup in backups if last is not None and backup.store == last.store]
 
 
 def ready_copy(paths: Sequence[Path], work: Path) -> tuple[Path | None, RecordStore, JobIndex]:
-    """The first of these files that is sound, as an open store of its own in `work`; without files
-    an empty one.
+    """Open the first sound file as its own store in `work`; without files an empty one.
 
     Raises:
-        HistoryError: none is; the message says what is wrong with each.
+        HistoryError: none is sound; the message says what is wrong with each.
     """
     wrong = []
     shutil.rmtree(work, ignore_errors=True)
@@ -238,10 +237,10 @@ def ready_copy(paths: Sequence[Path], work: Path) -> tuple[Path | None, RecordSt
 
 
 def put_in_place(ready: Path, history: Path, said: Sentinel) -> Path:
-    """Move what is in the way aside, then the finished database in, then its sentinel.
+    """Move the old files aside, then the finished database into place, then its sentinel.
 
-    Without its -wal a database is refused, and a missing one as well as long as there is a
-    sentinel: so a crash in the middle is never taken for a history, least of all an empty one.
+    As long as there is a sentinel, a database without its -wal is refused, and so is a missing one:
+    after a crash in the middle nothing is taken for a history, least of all an empty one.
     """
     stamp = datetime.now(UTC).strftime(TIME_FORMAT)
     aside = history.parent / FOLDER / f"replaced-{stamp}Z"

@@ -1,8 +1,8 @@
-"""The one way to the disk: plans in, batches out, and the index after them.
+"""The only writer of the history: plans in, batches out, then the index.
 
-One thread does all disk work. Writes are made one batch after another, each batch one transaction;
-the index changes on the event loop once the batch is on the disk, not before. What a plan makes of
-a job is its own affair (`history.py`).
+One thread does all disk work. Writes are made in batches, one transaction each; the index changes
+on the event loop once the batch is on the disk, not before. What a plan does is defined by its
+caller (`history.py`).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from mochi_app.store.job_index import JobIndex, RequestKey
 log = logging.getLogger(__name__)
 
 MAX_BATCH = 100  # writes in one transaction; bounds the time the event loop spends on them
-HEAL_SECONDS = 1.0  # between tries to write to a store that refused
+HEAL_SECONDS = 1.0  # between attempts to write to a store that failed
 
 T = TypeVar("T")
 
 
 class Draft:
-    """What one batch of writes makes of the history. Reads see the batch so far."""
+    """The changes of one batch of writes. Reads see the batch so far."""
 
     def __init__(self, index: JobIndex) -> None:
         self._index = index
@@ -80,7 +80,7 @@ Outcomes: TypeAlias = list[Outcome]
 
 @dataclass(frozen=True, slots=True)
 class _Write:
-    """A write that waits. Its future carries what the caller is to return or raise."""
+    """A pending write. Its future holds what the caller is to return or raise."""
 
     plan: Plan
     outcome: asyncio.Future[Outcome]
@@ -104,7 +104,7 @@ class Writer:
         self._closed = False
 
     async def close(self) -> None:
-        """Take no more writes, and finish those that wait."""
+        """Accept no more writes, and finish those that are pending."""
         self._closed = True
         if self._healer is not None:
             self._healer.cancel()
@@ -112,10 +112,10 @@ class Writer:
             await asyncio.shield(self._writing)
 
     async def write(self, plan: Plan) -> Job | None:
-        """Have `plan` made part of the next batch, and wait for it.
+        """Add `plan` to the next batch, and wait for it.
 
         Raises:
-            HistoryError: nothing was written. Beside it, whatever `plan` raises.
+            HistoryError: nothing was written. Otherwise, whatever `plan` raises.
         """
         if self._closed:
             raise HistoryError("the history is closed: the server is shutting down")
@@ -126,7 +126,7 @@ class Writer:
             self._writing = loop.create_task(self._write_waiting())
         outcome = await write.outcome
         if isinstance(outcome, HistoryError):
-            raise HistoryError(*outcome.args) from outcome  # others may have got it, too
+            raise HistoryError(*outcome.args) from outcome  # other callers may share the first one
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -140,7 +140,7 @@ class Writer:
                     write.outcome.set_result(outcome)
 
     async def _write_batch(self, plans: Sequence[Plan]) -> Outcomes:
-        """Make all plans in one transaction; what each caller is to get."""
+        """Write all plans in one transaction; returns what each caller is to get."""
         try:
             await self._settle()
             draft = Draft(self._index)
@@ -151,15 +151,15 @@ class Writer:
                 self._unsure.clear()
                 self._follow(draft.jobs)
                 self._healed()
-        except Exception as error:  # noqa: BLE001 - whatever it was, every caller must hear of it
-            with contextlib.suppress(Exception):  # a caller who waits must hear of the first one
+        except Exception as error:  # noqa: BLE001 - whatever it was, every caller must get it
+            with contextlib.suppress(Exception):  # callers must get the first error
                 await self._settle()
-            self.ail(str(error))
+            self.set_problem(str(error))
             return [error] * len(plans)
         return outcomes
 
-    def ail(self, problem: str) -> None:
-        """Keep in mind why nothing can be written, and try until something can."""
+    def set_problem(self, problem: str) -> None:
+        """Record why nothing can be written, and retry until something can."""
         if problem != self.problem:
             log.error("history: %s", problem)
         self.problem = problem
@@ -174,22 +174,22 @@ class Writer:
     async def _heal(self) -> None:
         while self.problem is not None:
             await asyncio.sleep(HEAL_SECONDS)
-            if not self._waiting:  # else those are try enough
+            if not self._waiting:  # otherwise a pending write is attempt enough
                 with contextlib.suppress(HistoryError):
                     await self.write(self.touch)
 
     def touch(self, draft: Draft) -> None:
-        """The plan that changes nothing, and writes."""
+        """A plan that changes nothing, to try a write."""
         draft.rows[META] = dict(self._store.meta)
 
     async def _settle(self) -> None:
-        """After a failed write, let the index follow what the disk holds for its jobs."""
+        """After a failed write, update the index to what the disk holds for its jobs."""
         if self._unsure:
             self._follow(await self.run(self._store.read, sorted(self._unsure)))
             self._unsure.clear()
 
     def _follow(self, jobs: Mapping[str, Job | None]) -> None:
-        """Change the index to what has been committed."""
+        """Update the index to what has been committed."""
         for job_id, job in jobs.items():
             if job is None:
                 self._index.remove(job_id)
@@ -197,12 +197,12 @@ class Writer:
                 self._index.put(job)
 
     async def run(self, work: Callable[..., T], *args: Any) -> T:
-        """Have the disk's thread do this, after all that it was given before."""
+        """Run this on the disk thread, after everything that was queued before."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
 
 
 def planned(plan: Plan, draft: Draft) -> Outcome:
-    """Run one plan; what it raises is its own caller's and spoils no other write."""
+    """Run one plan; an error goes to its own caller and affects no other write."""
     try:
         return plan(draft)
     except Exception as error:  # noqa: BLE001 - handed to the caller, who raises it

@@ -1,7 +1,7 @@
-"""Which job runs on which slot, and when: a granted ticket brings a ready slot and a job together.
+"""Which job runs on which slot, and when: a granted ticket pairs a ready slot with a job.
 
 Gradio's queue decides how many turns there are at a time; which job each of them takes is decided
-here, by `scheduling.py`, and what the run comes to is the pool's and that of `runs.py`.
+here, by `scheduling.py`. The pool and `runs.py` carry out the run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mochi_app.studio.retention import Retention
 
 log = logging.getLogger(__name__)
 
-ROOM_SECONDS = 2.0  # between looks at a disk that is too full for the next job
+SPACE_SECONDS = 2.0  # between checks of a disk that is too full for the next job
 
 
 class Dispatch:
@@ -53,7 +53,7 @@ class Dispatch:
         usual_volume: int,
         stopping: Callable[[], bool],
     ) -> None:
-        self.withdrawn: Counter[str] = Counter()  # by job id: cancels that are being written
+        self.withdrawn: Counter[str] = Counter()  # by job id: cancels being written
         self._history = history
         self._pool = pool
         self._live = live
@@ -64,11 +64,11 @@ class Dispatch:
         self._execute = execute
         self._usual_volume = usual_volume
         self._stopping = stopping
-        self._turns = 0  # tickets that see a run to its end
+        self._turns = 0  # tickets that are waiting for a run to end
 
     @property
     def waiting(self) -> list[Job]:
-        """Jobs that wait for a slot, oldest first. A held one does not: it waits for a person."""
+        """Jobs that wait for a slot, oldest first. Held jobs wait for a person instead."""
         taken = self._live.claimed | self.withdrawn.keys()
         pending = self._history.with_status(JobStatus.PENDING)
         able = (job for job in pending if job.held is None and not job.cancel_requested)
@@ -76,24 +76,24 @@ class Dispatch:
 
     @property
     def tickets_needed(self) -> int:
-        """How many tickets should be queued or granted now: one for each run that a ticket sees
-        to its end, and for the waiting jobs as many as bring it to one more than the slots."""
+        """How many tickets should be queued or granted now: one for each run that a ticket waits
+        for, and one for each waiting job, up to one more than there are slots in all."""
         if self._stopping():
             return 0
         return min(len(self.waiting) + self._turns, len(self._pool.slots) + 1)
 
     async def engine_turn(self) -> str | None:
-        """A granted ticket: wait for a ready slot and a runnable job, and see the run to its end.
+        """A granted ticket: wait for a ready slot and a runnable job, then for the run to end.
 
-        Returns the job's id, None when nothing was left to run. Cancelling the turn does not touch
+        Returns the job's id, None if nothing was left to run. Cancelling the turn does not affect
         the run.
         """
         count = self._changed.count
         while (pair := await self._next_pair()) is None:
             if self._stopping() or not self.waiting:
                 return None
-            # Room comes without a word: from outside, or by a video that was smaller than feared.
-            pause = ROOM_SECONDS if self.waits_for_room else None
+            # Space may be freed without a beat: from outside, or by a smaller video than reserved.
+            pause = SPACE_SECONDS if self.waits_for_space else None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     count = await self._changed.after(count)
@@ -109,13 +109,13 @@ class Dispatch:
 
     @property
     def starving(self) -> bool:
-        """Whether a slot is ready for a job that waits, and no turn brings them together."""
+        """Whether a slot is ready and a job waits for it, but no turn pairs them."""
         ready = self._pool.ready_slot() is not None and not self._stopping()
         return ready and self._next_job() is not None
 
     @property
-    def waits_for_room(self) -> str | None:
-        """Why no waiting job can start, though a slot may be ready: the disk."""
+    def waits_for_space(self) -> str | None:
+        """Why the disk lets no waiting job start, even if a slot is ready."""
         reason = None
         for job in self.waiting:
             if (lack := self.lack(job)) is None:
@@ -125,23 +125,23 @@ class Dispatch:
 
     @property
     def short_of_room(self) -> str | None:
-        """Why the disk would not take a video now, of a job that waits or of the usual size."""
+        """Why the disk has no space now for the video of a waiting job, or of the usual size."""
         if self.waiting:
-            return self.waits_for_room
+            return self.waits_for_space
         return self._disk.lack_for(self._usual_volume)
 
     async def _next_pair(self) -> tuple[SupervisedSlot, Job] | None:
         if self._pool.ready_slot() is None or not self.waiting or self._unusable:
             return None
-        before = self.waits_for_room
+        before = self.waits_for_space
         while True:
             try:
-                await self._disk.look()
+                await self._disk.measure()
             except OSError as error:
                 self._outputs.met(reason_of(error))
                 return None
             pair = self._claim()
-            short = None if pair else self.waits_for_room
+            short = None if pair else self.waits_for_space
             if not short or self._unusable or not await self._retention.purge_next():
                 break
         if short and not before:
@@ -150,7 +150,7 @@ class Dispatch:
         return pair
 
     def _claim(self) -> tuple[SupervisedSlot, Job] | None:
-        """Choose and claim in one breath: no await in here."""
+        """Choose and claim in one step: no await in here."""
         slot = self._pool.ready_slot()
         if slot is None or self._stopping():
             return None
@@ -161,7 +161,7 @@ class Dispatch:
         return slot, job
 
     def _next_job(self) -> Job | None:
-        """The job to start now beside those that run, a ready slot provided."""
+        """The job to start now alongside those that run, given a ready slot."""
         fitting = [job for job in self.waiting if self.lack(job) is None]
         estimate, since = self._live.speeds.run_seconds, self._live.waits.since
         return scheduling.next_job(fitting, estimate, self._running, since)
@@ -173,15 +173,15 @@ class Dispatch:
         return [job for job in found if job is not None]
 
     def lack(self, job: Job) -> str | None:
-        """Why the disk does not let a waiting job start beside those that run."""
+        """Why the disk does not let a waiting job start alongside those that run."""
         return self._unusable or self._short_for(job)
 
     @property
     def _unusable(self) -> str | None:
-        """Why no video could be kept, whatever room there is."""
+        """Why no video can be saved, regardless of free space."""
         problem = self._history.problem or self._outputs.problem
         return problem and without_folders(problem)
 
     def _short_for(self, job: Job) -> str | None:
-        """Why the disk has no room for a waiting job beside those that run."""
+        """Why the disk has no space for a waiting job alongside those that run."""
         return self._disk.lack(job, self._running)

@@ -1,6 +1,6 @@
-"""A finished video waits for its folder: what was computed is not lost because the disk refuses.
+"""Finished videos wait for their folder: no result is lost because the disk refuses it.
 
-Not here: the steps that put it into place, and who notices that the folders are good again
+Not here: the steps that put a video into place, and the check that the folders are usable again
 (`media.py` and `outputs.py` of the store).
 """
 
@@ -23,16 +23,16 @@ from mochi_app.studio.live import Live
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
-# How long one file may be refused by folders that take others: then it is this file's own trouble
+# How long usable folders may refuse one file until the problem counts as the file's own
 FILING_SECONDS = 300.0
 
 
 class Unfiled(Exception):
-    """The server stops, and a finished video is left in scratch: the next start files it."""
+    """The server is stopping and a finished video stays in scratch: the next start files it."""
 
 
 class Filing:
-    """Puts finished videos into place. `make_room` is told their bytes before."""
+    """Puts finished videos into place, after `free_space` was called with their size in bytes."""
 
     def __init__(
         self,
@@ -40,28 +40,28 @@ class Filing:
         media: MediaStore,
         outputs: Outputs,
         *,
-        make_room: Callable[[int], Awaitable[None]],
+        free_space: Callable[[int], Awaitable[None]],
         stopping: Callable[[], bool],
     ) -> None:
         self._history = history
         self._media = media
         self._outputs = outputs
-        self._make_room = make_room
+        self._free_space = free_space
         self._stopping = stopping
 
     async def file(self, job_id: str, slot: int, done: Done, live: Live) -> tuple[str, str]:
-        """Put the video that the rank of `slot` has finished into place, as soon as the folders can
-        be used; names of video and poster.
+        """Put the video that `slot` has finished into place, as soon as the folders can be used;
+        returns the names of video and poster.
 
         Raises:
-            JobCancelled: while it had to wait.
-            Unfiled: the server stops meanwhile.
-            MediaError, OSError: it cannot be kept, and the folders are not to blame.
+            JobCancelled: the job was cancelled while it waited.
+            Unfiled: the server is stopping.
+            MediaError, OSError: it cannot be saved, and the folders are not to blame.
         """
         refused_since: float | None = None
         try:
             while True:
-                if await self._outputs.look():
+                if await self._outputs.check():
                     try:
                         return await self._file(job_id, slot, done)
                     except (MediaGone, OSError) as error:
@@ -84,14 +84,14 @@ class Filing:
             self._outputs.filed(job_id)
 
     async def _is_to_wait(self, error: Exception) -> bool:
-        """Whether it is the folders' trouble that a video could not be put into place."""
-        if isinstance(error, MediaGone):  # for good, if its folder is the right one
-            return not await self._outputs.look()
+        """Whether the folders are to blame that a video could not be put into place."""
+        if isinstance(error, MediaGone):  # it is lost if its folder is the right one
+            return not await self._outputs.check()
         return unusable(error)
 
     async def _file(self, job_id: str, slot: int, done: Done) -> tuple[str, str]:
         size = await asyncio.to_thread(self._media.scratch_size, slot, done.video)
-        await self._make_room(size)
+        await self._free_space(size)
         return await asyncio.to_thread(self._media.finalise, job_id, slot, done.video, done.poster)
 
     def _wait(self, job_id: str, live: Live, reason: str) -> None:

@@ -16,7 +16,8 @@ from mochi_app.disk_errors import reason_of
 from mochi_app.jobs import Job, JobIds, JobStatus
 from mochi_app.loras import lora_names
 from mochi_app.model_defaults import ModelDefaults
-from mochi_app.request import Conflict, GenerationRequest, RequestError, check_schedule
+from mochi_app.parameters import PARAMETERS, GenerationRequest, check_schedule
+from mochi_app.request import Conflict, RequestError
 from mochi_app.settings import Settings
 from mochi_app.store.history import History
 from mochi_app.store.media import MediaStore
@@ -24,11 +25,8 @@ from mochi_app.studio.disk_space import DiskSpace, video_bytes
 from mochi_app.studio.live import LiveJobs
 from mochi_app.studio.retention import Retention
 
-# What an enhance takes over from its preview.
-INHERITED = (
-    "batch_id", "prompt", "negative_prompt", "seed", "guidance_scale", "height", "width",
-    "num_frames", "fps", "schedule", "lora", "lora_scale", "options",
-)  # fmt: skip
+# What an enhance takes over from its preview: the same video, but for its steps.
+INHERITED = (*(PARAMETERS.keys() - {"num_inference_steps"}), "batch_id", "options")
 
 
 class Intake:
@@ -150,11 +148,11 @@ class Intake:
                 f"{waiting} jobs are waiting, the most this server takes: ask again later"
             )
         await self._history.check()
-        while (lack := await self._look(job)) is not None:
+        while (lack := await self._measure(job)) is not None:
             if not await self._retention.purge_next():
                 raise RequestError(f"{lack}: delete videos or free the disk")
         promised = sum(video_bytes(one) for one in self._accepted())
-        if not self._retention.can_make_room(promised):
+        if not self._retention.can_free_space(promised):
             raise RequestError(
                 f"the quota of {self._settings.quota_gib:g} GiB is full of starred videos and of"
                 " jobs that wait: unstar or delete some"
@@ -168,10 +166,10 @@ class Intake:
         known = {job.id for job in jobs}
         return jobs + [job for job in self._accepting if job.id not in known]
 
-    async def _look(self, job: Job) -> str | None:
+    async def _measure(self, job: Job) -> str | None:
         """Measure the disk; why a new job does not fit beside all that were accepted."""
         try:
-            await self._disk.look()
+            await self._disk.measure()
         except OSError as error:
             raise RequestError(f"the disk does not tell its room: {reason_of(error)}") from error
         return self._disk.lack(job, (one for one in self._accepted() if one.id != job.id))

@@ -1,4 +1,4 @@
-"""Housekeeping while the server runs: records and files that do not agree, the trash, the quota."""
+"""Housekeeping while the server runs: records that do not match files, the trash, the quota."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mochi_app.studio.retention import Retention
 log = logging.getLogger(__name__)
 
 JANITOR_SECONDS = 60.0
-JANITOR_RETRY_SECONDS = 5.0  # after a failure, of a full disk for one
+JANITOR_RETRY_SECONDS = 5.0  # after a failure such as a full disk
 
 
 class Janitor:
-    """Looks after everything each minute, or when it is called."""
+    """Runs every minute, or when it is called."""
 
     def __init__(
         self,
@@ -38,15 +38,15 @@ class Janitor:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to look after things."""
+        """Start the task."""
         self._task = asyncio.create_task(self._run(), name="janitor")
 
     def call(self) -> None:
-        """Do not wait for the next minute."""
+        """Run now instead of at the next minute."""
         self._called.set()
 
     async def stop(self) -> None:
-        """Stop, wherever it is."""
+        """Stop the task, wherever it is."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -55,11 +55,11 @@ class Janitor:
         while True:
             self._live.forget_ended()
             try:
-                await self._disk.look()
+                await self._disk.measure()
                 await self._recovery.repair()
                 await self._retention.empty_trash(older_than_hours=self._trash_hours)
                 await self._retention.enforce_quota()
-            except (HistoryError, OSError) as error:  # told by the history, or by the outputs
+            except (HistoryError, OSError) as error:  # reported by the history, or by the outputs
                 log.warning("no housekeeping now: %s", error)
                 await asyncio.sleep(JANITOR_RETRY_SECONDS)
                 self._called.set()
@@ -67,7 +67,7 @@ class Janitor:
                 log.exception("housekeeping failed; it is tried again")
                 await asyncio.sleep(JANITOR_RETRY_SECONDS)
                 self._called.set()
-            # Not `wait_for`, which loses a cancel that comes with what it waits for (Python 3.11)
+            # Not `wait_for`, which may lose a cancel that arrives with the event (Python 3.11)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(JANITOR_SECONDS):
                     await self._called.wait()

@@ -1,6 +1,6 @@
-"""What is known of jobs while they run, and how a job is shown: its record, progress, place, ETA.
+"""The live state of jobs, and the view of a job: its record, progress, place in the queue, ETA.
 
-All of it is lost with the process, and none of it is needed to go on: the history is the truth.
+All of it is lost with the process, and none of it is needed to resume: the history is the truth.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from mochi_app.studio import scheduling
 from mochi_app.studio.waits import Waits
 
 RECENT_SECONDS = 30.0  # how long a finished job stays in the live state
-ETA_SLACK_SECONDS, ETA_SLACK = 2.0, 0.1  # seconds, and share, by which a told ETA may be wrong
-# What of a view changes while a job waits and runs; the rest follows its record and its files.
+ETA_SLACK_SECONDS, ETA_SLACK = 2.0, 0.1  # seconds, and share, by which a sent ETA may be off
+# The fields of a view that change while a job waits and runs; the rest follow record and files.
 PROGRESS = (
     "id", "status", "stage", "step", "steps", "resumed_step", "tile", "tiles", "position",
     "eta_seconds", "waits_for", "cancel_requested",
@@ -27,7 +27,7 @@ PROGRESS = (
 
 @dataclass
 class Live:
-    """What is known of a claimed job while it runs, and shortly after. Lost with the process."""
+    """The live state of a claimed job while it runs, and shortly after. Lost with the process."""
 
     slot: int | None = None
     stage: str = ""
@@ -35,11 +35,11 @@ class Live:
     resumed_step: int = 0
     step_seconds: float | None = None
     stage_began: float = 0.0
-    began: float = 0.0  # time.monotonic(), as it became PROCESSING
+    began: float = 0.0  # time.monotonic(), when it became PROCESSING
     tiles: tuple[int, int] = (0, 0)  # decoded, of all
     image: str | None = None
     cancel_requested: bool = False
-    blameless: bool = False  # should its slot die, that is not the job's doing
+    blameless: bool = False  # if its slot dies, it is not the job's fault
     waits_for: str | None = None  # why its finished video is not in place yet
     ended_at: float | None = None
 
@@ -47,8 +47,8 @@ class Live:
 class LiveJobs:
     """The claimed jobs of this server, by id, and the measured speeds that ETAs come from.
 
-    `waiting` answers with the jobs that wait for a slot, oldest first; `lacks` with the reason why
-    such a job could not start even if there was one; `has_video` knows by id whose video is there.
+    `waiting` returns the jobs that wait for a slot, oldest first; `lacks` the reason why such a job
+    could not start even on a ready slot; `has_video` whether the job with an id has its video.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class LiveJobs:
         self._has_video = has_video
         self._places: dict[str, scheduling.Place] = {}
         self._places_key: tuple[int, int] | None = None
-        self._moves = 0  # jobs that came to the queue or left it
+        self._moves = 0  # jobs that entered or left the queue
 
     def queue_moved(self) -> None:
-        """A job came to the queue or left it: places are to be counted anew."""
+        """A job entered or left the queue: places must be computed again."""
         self._moves += 1
 
     def claim(self, job_id: str) -> None:
@@ -92,7 +92,7 @@ class LiveJobs:
         self.queue_moved()
 
     def forget_ended(self) -> None:
-        """Drop what ended a while ago, or was removed."""
+        """Drop the state of jobs that ended a while ago, or were removed."""
         waiting = self._history.with_status(JobStatus.PENDING, JobStatus.PROCESSING)
         self.waits.keep({job.id for job in waiting})
         limit = time.monotonic() - RECENT_SECONDS
@@ -101,7 +101,7 @@ class LiveJobs:
                 del self.jobs[job_id]
 
     def view(self, job: Job) -> dict[str, Any]:
-        """The job as every door shows it: its record, its live state, where its files are."""
+        """The job as every entry point shows it: its record, its live state, its file URLs."""
         live = self.jobs.get(job.id) if job.id in self.claimed else None
         place = self._place(job)
         there = job.status is JobStatus.COMPLETED and job.deleted_at is None
@@ -126,7 +126,7 @@ class LiveJobs:
         }
 
     def _waits_for(self, job: Job, live: Live | None) -> str | None:
-        """Why the job does not begin, though a slot may be ready, or why its video is not there."""
+        """Why the job does not start even if a slot is ready, or why its video is not in place."""
         if job.status is JobStatus.PENDING:
             return self._lacks(job) if job.held is None else None
         return live.waits_for if live else None
@@ -148,7 +148,7 @@ class LiveJobs:
         return self._all_places().get(job.id)
 
     def _all_places(self) -> dict[str, scheduling.Place]:
-        """Places of all waiting jobs; computed when one comes or goes, and each half second."""
+        """Places of all waiting jobs; computed when one comes or goes, and every half second."""
         key = (self._moves, int(time.monotonic() * 2))
         if key != self._places_key:
             self._places = scheduling.places(
@@ -158,7 +158,7 @@ class LiveJobs:
         return self._places
 
     def _busy_seconds(self) -> list[float | None]:
-        """Until each slot that has a model is free; beside a suspect nothing starts."""
+        """Seconds until each slot with a loaded model is free; nothing starts beside a suspect."""
         seconds: list[float | None] = []
         alone = False
         for supervised in self._pool.slots:
@@ -175,7 +175,7 @@ class LiveJobs:
         return seconds
 
     def _eta(self, job: Job, live: Live | None, place: scheduling.Place | None) -> float | None:
-        """Seconds until the job's video is there; None when that is not known."""
+        """Seconds until the job's video is ready; None when unknown."""
         if place is not None:
             return place.eta_seconds and round(place.eta_seconds, 1)
         if live is None or job.status is not JobStatus.PROCESSING:
@@ -192,7 +192,7 @@ class LiveJobs:
 
 def is_news(before: dict[str, Any], after: dict[str, Any], seconds: float) -> bool:
     """Whether a job's view, or its progress, differs from that of `seconds` ago by more than an ETA
-    that ran down with the time, give or take."""
+    that counted down, within the slack."""
     if before | {"eta_seconds": None} != after | {"eta_seconds": None}:
         return True
     then: float | None = before["eta_seconds"]

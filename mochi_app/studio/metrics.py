@@ -1,4 +1,4 @@
-"""What Prometheus scrapes: counts and states read at each scrape, times observed as they happen."""
+"""Prometheus metrics: counts and states read at each scrape, times observed as they happen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mochi_app.store.history import History
 from mochi_app.store.media import MediaStore
 from mochi_app.studio.retention import Retention
 
-# Seconds: from the embedded model's preview to an enhance on one GPU that waited for a night.
+# Seconds: from the embedded model's preview to an enhance on one GPU that waited overnight.
 RUN_BUCKETS = (1, 2, 5, 10, 20, 45, 90, 180, 300, 600, 1200, 2400, 4800, 9600)
 WAIT_BUCKETS = (0.1, 0.5, 1, 5, 15, 60, 180, 600, 1800, 3600, 7200, 14400, 28800, 57600)
 STEP_BUCKETS = (0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
@@ -44,20 +44,20 @@ class Metrics:
         )  # fmt: skip
 
     def started(self, job: Job, waited: float) -> None:
-        """A job that has just become PROCESSING, and the seconds that it waited."""
+        """Observe a job that has just become PROCESSING, and the seconds that it waited."""
         if job.attempts == 1:
             self._wait.labels(job.kind).observe(waited)
 
     def completed(self, job: Job, ran: float) -> None:
-        """A job that has just become COMPLETED, and the seconds of its last attempt."""
+        """Observe a job that has just become COMPLETED, and the seconds of its last attempt."""
         self._run.labels(job.kind).observe(ran)
 
     def stepped(self, seconds: float) -> None:
-        """A step is done."""
+        """Observe the seconds of one step."""
         self._step.observe(seconds)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format. Blocks for a look at the disk."""
+        """All metrics in Prometheus' text format. Blocks to measure the disk."""
         return generate_latest(self._registry)
 
 
@@ -73,7 +73,7 @@ class Now(Collector):
         self._pool = pool
 
     def collect(self) -> list[Metric]:
-        """The metrics of this moment."""
+        """The current metrics."""
         counts, held = self._history.counts(), self._history.held()
         jobs = GaugeMetricFamily("mochi_jobs", "Jobs in the history.", labels=["status"])
         for status in JobStatus:
@@ -84,7 +84,7 @@ class Now(Collector):
             "mochi_videos_bytes": ("Bytes of all videos.", self._media.total_bytes()),
             "mochi_quota_bytes": ("Room for videos, in bytes.", self._retention.quota_bytes),
         }
-        with contextlib.suppress(OSError):  # a disk that is gone has no free bytes, and no zero
+        with contextlib.suppress(OSError):  # for a missing disk no value is reported, not even 0
             free = self._media.free_bytes()
             sizes["mochi_disk_free_bytes"] = ("Free on the data disk.", free)
         gauges = [GaugeMetricFamily(name, text, value=value)
@@ -102,9 +102,9 @@ class Now(Collector):
             "mochi_gpu_memory_bytes", "Held by a rank on its GPU.", labels=["slot", "rank"]
         )
         for supervised in self._pool.slots:
-            told = supervised.describe()
-            name = str(told["slot"])
-            up.add_metric([name, told["state"]], float(told["state"] in ("ready", "busy")))
+            described = supervised.describe()
+            name, state = str(described["slot"]), described["state"]
+            up.add_metric([name, state], float(state in ("ready", "busy")))
             restarts.add_metric([name], supervised.restarts)
             for rank, held in enumerate(supervised.slot.gpu_bytes):
                 if held is not None:

@@ -1,7 +1,7 @@
-"""Records and files that do not agree: after a crash, or when a record could not be written.
+"""Recovery of records and files that do not match: after a crash, or a failed write of a record.
 
-What was asked for is never dropped: a video whose record was to say that it is made is adopted, a
-job that nobody runs any more goes back to the queue, unless it was to be cancelled.
+No request is dropped: a finished video whose record does not say so yet is adopted, and a job that
+no slot runs any more goes back to the queue, unless its cancel was requested.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Recovery:
-    """Has history and media of one data folder agree. `claimed` are the ids of jobs that run."""
+    """Makes history and media of one data folder match. `claimed` has the ids of running jobs."""
 
     def __init__(
         self, history: History, media: MediaStore, changed: Changes, claimed: Collection[str]
@@ -32,12 +32,12 @@ class Recovery:
         self._claimed = claimed
 
     async def take_over(self) -> None:
-        """At the start: go on where an earlier server left off, and have each file be where its
+        """At the start: continue where an earlier server left off, and move each file to where its
         record says."""
         running = {job.id for job in self._history.with_status(JobStatus.PROCESSING)}
         for job in self._history.with_status(JobStatus.CREATED):
             await self._history.update(job.id, lambda job: job.moved(JobStatus.PENDING))
-        for job_id in self._media.job_ids():  # made since, when the record is an older copy's
+        for job_id in self._media.job_ids():  # made after the copy that a restore put in place
             found = self._history.get(job_id)
             if found is not None and found.status is JobStatus.PENDING:
                 await self._history.update(job_id, lambda job: job.moved(JobStatus.PROCESSING))
@@ -47,12 +47,12 @@ class Recovery:
         for job_id in {*self._media.job_ids(), *self._media.trashed_ids()}:
             try:
                 await asyncio.to_thread(self._put_right, job_id)
-            except OSError as error:  # one file is no reason not to start
+            except OSError as error:  # one file must not prevent the start
                 log.error("job %s: its video stays as it is: %s", job_id, error)
-        await self._tell_of_orphans()
+        await self._report_orphans()
 
     def _put_right(self, job_id: str) -> None:
-        """Have a video be where its record says. Raises OSError."""
+        """Move a video to where its record says, or remove it. Raises OSError."""
         found = self._history.get(job_id)
         if found is None:
             log.warning(
@@ -68,8 +68,8 @@ class Recovery:
             if found.evicted_at is not None:
                 self._media.remove_video(job_id)
 
-    async def _tell_of_orphans(self) -> None:
-        """Remove posters of jobs that have no video, and log what does not fit together."""
+    async def _report_orphans(self) -> None:
+        """Remove posters of jobs that have no video, and log what does not match."""
         for job_id in await asyncio.to_thread(self._media.poster_ids):
             found = self._history.get(job_id)
             if found is not None and found.status is not JobStatus.COMPLETED:
@@ -87,12 +87,12 @@ class Recovery:
             log.error("the videos of %d jobs are gone from the disk: %s", len(missing), missing[:5])
 
     async def repair(self, died_with: Collection[str] = ()) -> None:
-        """Put right the jobs that are running, or to be cancelled, on paper only: their server
-        died, or the record of their end could not be written. `died_with` are the ids of those
-        that ran when the server died: suspects."""
+        """Repair the records of jobs that are PROCESSING, or to be cancelled, but not claimed:
+        their server died, or the record of their end could not be written. `died_with` has the ids
+        of the jobs that ran when the server died: suspects."""
         open_jobs = self._history.with_status(JobStatus.PENDING, JobStatus.PROCESSING)
         for job_id in [job.id for job in open_jobs]:
-            job = self._history.get(job_id)  # as it is by now: the others took their time
+            job = self._history.get(job_id)  # it may have changed during the others' updates
             if job is None or job.status.terminal or job.id in self._claimed:
                 continue
             processing = job.status is JobStatus.PROCESSING
@@ -114,7 +114,7 @@ class Recovery:
             self._changed.beat()
 
     async def _suspected(self, job_id: str, *, alone: bool) -> Job:
-        """Back to the queue, or held: the server died while the job ran, `alone` or not."""
+        """Requeue or hold a job: the server died while it ran, `alone` or not."""
         checkpoint_at = await asyncio.to_thread(self._media.checkpoint_time, job_id)
         job = await self._history.update(
             job_id, lambda job: outlived(interrupted(job), checkpoint_at, alone=alone)

@@ -1,10 +1,10 @@
-"""What is kept of finished jobs: the trash, and the quota of the videos.
+"""Retention of finished jobs: the trash, and the quota for videos.
 
 A record and its files change together, under one lock; files go before the record that names them.
 
-How long a job has been in the trash is counted by the history's uptime, not by the clock: what is
-purged is gone for good, a clock may be set forward and back, and one that is wrong at a restart
-would empty the whole trash. So its hours are those in which a server ran.
+How long a job has been in the trash is counted by the history's uptime, not by the wall clock: a
+purge is permanent, a clock may be set forward and back, and one that is wrong at a restart would
+empty the whole trash. So only the hours in which a server ran count.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Retention:
         self._history = history
         self._media = media
         self._changed = changed
-        self.quota_bytes = quota_bytes  # room for videos
+        self.quota_bytes = quota_bytes  # for videos
         self._changing = asyncio.Lock()
 
     async def delete(self, job: Job) -> Job:
-        """Put an ended job into the trash: nobody sees it or its files from now on.
+        """Move an ended job to the trash, which hides it and its files.
 
         Raises:
             Conflict: it has not ended.
@@ -59,7 +59,7 @@ class Retention:
         return job
 
     async def _stays(self, job: Job, refusal: OSError) -> None:
-        """The job is not deleted, as its video cannot be moved to the trash.
+        """Undo a delete whose video cannot be moved to the trash.
 
         Raises:
             RequestError: always, with the reason.
@@ -67,8 +67,8 @@ class Retention:
         await self._history.update(job.id, restored)
         with contextlib.suppress(OSError):
             await asyncio.to_thread(self._media.take_from_trash, job.id)
-        told = f"its video cannot be moved to the folder withheld ({reason_of(refusal)})"
-        raise RequestError(f"job {job.id} is not deleted: {told}") from refusal
+        reason = f"its video cannot be moved to the folder withheld ({reason_of(refusal)})"
+        raise RequestError(f"job {job.id} is not deleted: {reason}") from refusal
 
     def _trashed(self, job: Job) -> Job:
         if job.deleted_at is not None:
@@ -79,7 +79,7 @@ class Retention:
         """Undo a delete; a job that is not in the trash is returned as it is.
 
         Raises:
-            NotFound: there is no such job (any more).
+            NotFound: there is no such job, or no longer.
             RequestError: the disk refuses.
         """
         async with self._changing:
@@ -92,14 +92,14 @@ class Retention:
             try:
                 await asyncio.to_thread(self._media.take_from_trash, job.id)
             except OSError as error:
-                told = f"its video cannot be moved to the folder videos ({reason_of(error)})"
-                raise RequestError(f"job {job.id} is not restored: {told}") from error
+                reason = f"its video cannot be moved to the folder videos ({reason_of(error)})"
+                raise RequestError(f"job {job.id} is not restored: {reason}") from error
             job = await self._history.update(job.id, restored)
         self._changed.beat()
         return job
 
     async def empty_trash(self, older_than_hours: float = 0.0) -> int:
-        """Remove jobs for good, files first, that have been in the trash for so many hours of
+        """Permanently remove jobs, files first, that have been in the trash for that many hours of
         uptime; returns how many."""
         limit = math.inf
         if older_than_hours:
@@ -112,7 +112,7 @@ class Retention:
         return purged
 
     async def _begin_to_count(self) -> None:
-        """Let the hours begin now for what an earlier version, or a restore, put into the trash."""
+        """Start counting for jobs that an earlier version, or a restore, put into the trash."""
         now = self._history.uptime
         trash = self._history.trashed()
         for job in trash:
@@ -127,10 +127,10 @@ class Retention:
         job = self._history.get(job_id)
         if job is None or job.deleted_at is None or (job.deleted_uptime or 0.0) > limit:
             return False
-        await self._history.check()  # never a file of a folder that is another's
+        await self._history.check()  # never remove a file from another history's folder
         try:
             await asyncio.to_thread(self._media.remove, job.id)
-        except OSError as error:  # the others go all the same; this one is tried again
+        except OSError as error:  # the others are still removed; this one is retried later
             log.error("job %s: it cannot be removed: %s", job.id, error)
             return False
         await self._history.remove(job.id)
@@ -138,7 +138,7 @@ class Retention:
         return True
 
     async def purge_next(self) -> bool:
-        """Remove the job that is in the trash longest, for good; False when the trash is empty."""
+        """Permanently remove the job that has been in the trash longest; False if there is none."""
         async with self._changing:
             return await self._purge_next()
 
@@ -149,11 +149,11 @@ class Retention:
         return False
 
     def fits(self, size: int) -> bool:
-        """Whether so many bytes more are within the quota."""
+        """Whether `size` more bytes are within the quota."""
         return self._media.total_bytes() + size <= self.quota_bytes
 
-    def can_make_room(self, size: int) -> bool:
-        """Whether so many bytes more are within the quota once all that can go is gone."""
+    def can_free_space(self, size: int) -> bool:
+        """Whether `size` more bytes are within the quota once everything removable is removed."""
         over = self._media.total_bytes() + size - self.quota_bytes
         if over <= 0:
             return True
@@ -165,21 +165,21 @@ class Retention:
 
     async def enforce_quota(self) -> None:
         """Keep the videos within the quota, as far as that is possible."""
-        await self.make_room(0)
+        await self.free_space(0)
 
-    async def make_room(self, size: int) -> None:
-        """Have `size` more bytes fit the quota: the trash goes first, then the oldest unstarred
-        videos, not their records. What is starred stays, though the quota be exceeded."""
+    async def free_space(self, size: int) -> None:
+        """Free quota for `size` more bytes: the trash goes first, then the oldest unstarred videos,
+        but not their records. Starred videos stay even if the quota is exceeded."""
         while not self.fits(size):
             async with self._changing:
                 if not (await self._purge_next() or await self._evict_next()):
                     return
 
     async def _evict_next(self) -> bool:
-        """Remove the oldest unstarred video that is there; False when there is none."""
+        """Remove the oldest unstarred video that exists; False if there is none."""
         for job in self._history.evictable():
             if not self._media.has_video(job.id):
-                continue  # gone by other hands: removing it makes no room
+                continue  # removed by somebody else: evicting it frees nothing
             log.info("job %s: video evicted, the quota is full", job.id)
             job = await self._history.update(job.id, evicted)
             if job.evicted_at is not None and not await self._remove_video(job):
@@ -189,7 +189,7 @@ class Retention:
         return False
 
     async def _remove_video(self, job: Job) -> bool:
-        """Remove an evicted job's video; where that fails it is not evicted."""
+        """Remove an evicted job's video; if that fails, the eviction is undone."""
         try:
             await asyncio.to_thread(self._media.remove_video, job.id)
         except OSError as error:
@@ -200,5 +200,5 @@ class Retention:
 
 
 def restored(job: Job) -> Job:
-    """Out of the trash."""
+    """The job, out of the trash."""
     return replace(job, deleted_at=None, deleted_uptime=None)

@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from mochi_app import __version__, messages
 from mochi_app.changes import Changes
@@ -21,6 +20,7 @@ from mochi_app.disk_errors import full, reason_of
 from mochi_app.errors import HistoryError, MediaError, without_folders
 from mochi_app.jobs import Job, JobStatus, cancelled, interrupted, withdrawn
 from mochi_app.model_defaults import ModelDefaults
+from mochi_app.parameters import PARAMETERS
 from mochi_app.setting_types import Timeouts
 from mochi_app.settings import Settings
 from mochi_app.slots.job_run import JobCancelled, JobFailed
@@ -72,7 +72,9 @@ class Runs:
         self._live = live
         self._retention = retention
         self._outputs = outputs
-        self._filing = Filing(history, media, outputs, make_room=self._make_room, stopping=stopping)
+        self._filing = Filing(
+            history, media, outputs, free_space=self._free_space, stopping=stopping
+        )
         self._metrics = metrics
         self._changed = changed
         self._stopping = stopping
@@ -194,9 +196,9 @@ class Runs:
             if ended:
                 await asyncio.to_thread(self._media.tidy, slot.index, job.id)
 
-    async def _make_room(self, size: int) -> None:
+    async def _free_space(self, size: int) -> None:
         try:
-            await self._retention.make_room(size)
+            await self._retention.free_space(size)
         except (HistoryError, OSError) as error:  # the janitor tries again; the video comes first
             log.error("no room was made under the quota: %s", error)
 
@@ -272,22 +274,9 @@ class Runs:
         return chosen
 
     def _request(self, job: Job) -> messages.Run:
-        facts: dict[str, Any] = {
+        asked = {name: getattr(job, name) for name in PARAMETERS}
+        facts = {
             "job_id": job.id,
-            "prompt": job.prompt,
-            "negative_prompt": job.negative_prompt,
-            "seed": job.seed,
-            "num_inference_steps": job.num_inference_steps,
-            "guidance_scale": job.guidance_scale,
-            "height": job.height,
-            "width": job.width,
-            "num_frames": job.num_frames,
-            "fps": job.fps,
-            "schedule": job.schedule,
-            "lora": job.lora,
-            "lora_scale": job.lora_scale,
-        }
-        more = {
             "kind": job.kind,
             "parent_id": job.parent_id,
             "model": job.model,
@@ -295,8 +284,9 @@ class Runs:
         }
         every = self._settings.checkpoint_steps
         return messages.Run(
-            **facts,
-            metadata=facts | more,
+            **asked,
+            job_id=job.id,
+            metadata=asked | facts,
             checkpoint=str(self._media.checkpoint(job.id)) if every else "",
             checkpoint_steps=every,
         )

@@ -1,10 +1,10 @@
-"""Who is next, at which place, and when it will be done. Pure functions of plain data.
+"""Which job is next, its place in the queue, and its ETA. Pure functions of plain data.
 
-Order: a job is due when it came plus `RUN_TIMES` times its own estimated run time; the
-earliest due goes first. Among equals that is first come, first served. A short job overtakes a long
-one, but only for a while: what comes later is due later, so nothing starves. A job that was
-interrupted had its turn already and goes before all that have not. A suspect (`suspects.py`) runs
-alone: when it is next it waits for what runs, and nothing starts meanwhile or beside it.
+Order: a job is due at its arrival plus `RUN_TIMES` times its own estimated run time; the earliest
+due goes first. Among equals that is first come, first served. A short job overtakes a long one, but
+only for a while: later arrivals are due later, so nothing starves. A job that was interrupted had
+its turn already and goes before all that have not. A suspect (`suspects.py`) runs alone: when it is
+next it waits for the running jobs, and nothing starts meanwhile or alongside it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SMOOTHING = 0.3  # weight of the newest measurement
 
 @dataclass(frozen=True)
 class Place:
-    """Where a waiting job stands: 1 is next. `eta_seconds` until its video; None when unknown."""
+    """A waiting job's position, 1 being next, and the seconds until its video, None if unknown."""
 
     position: int
     eta_seconds: float | None
@@ -49,7 +49,7 @@ class Speeds:
     other: float | None = None  # text, decode and encode: per pixel and frame
 
     def observe(self, job: Job) -> None:
-        """Learn from a finished job's `seconds`, which are those of the steps after it resumed."""
+        """Learn from a finished job's `seconds`, which cover only the steps since it resumed."""
         steps = job.num_inference_steps - job.resumed_step
         if "denoise" not in job.seconds or steps < 1:
             return
@@ -81,9 +81,9 @@ class Speeds:
 def timeouts_for(job: Job, speeds: Speeds, timeouts: Timeouts, usual_volume: int) -> Timeouts:
     """Deadlines of a job, from what this machine needs for such work.
 
-    `timeouts` are those of the usual video, pixels × frames of which are `usual_volume`, as long
-    as nothing is measured; a larger video has proportionally more time. Then it is a multiple of
-    the expected seconds, and at least a third of that.
+    Until speeds are measured, `timeouts` hold for the usual video of `usual_volume` pixels ×
+    frames, and a larger video gets proportionally more time. After that, each is a multiple of the
+    expected seconds; a step's is at least a third of the former, a cancel's `timeouts.cancel`.
     """
     larger = max(1.0, volume(job) / usual_volume)
     most = Timeouts(timeouts.step * larger, timeouts.cancel * larger)
@@ -101,14 +101,14 @@ Since = Callable[[Job], float]
 
 
 def submitted(job: Job) -> float:
-    """When the job came, by a clock on the wall that is never set."""
+    """When the job arrived, by the wall clock."""
     return job.submitted_at
 
 
 def due(job: Job, estimate: Estimate, since: Since = submitted) -> tuple[bool, float, str]:
     """Sort key of a waiting job: interrupted ones first, then the moment it is due, then its id.
 
-    `since` tells when a job came, in seconds of any clock (`waits.py`).
+    `since` returns when a job arrived, in seconds of any clock (`waits.py`).
     """
     fresh = job.started_processing_at is None
     return (fresh, since(job) + RUN_TIMES * (estimate(job) or 0.0), job.id)
@@ -120,7 +120,7 @@ def next_job(
     running: Collection[Job] = (),
     since: Since = submitted,
 ) -> Job | None:
-    """The job to start now beside those that are `running`, if any is to."""
+    """The job to start now alongside those that are `running`, if any."""
     if any(job.suspect for job in running):
         return None
     job = min(pending, key=lambda job: due(job, estimate, since), default=None)
@@ -135,8 +135,8 @@ def places(
 ) -> dict[str, Place]:
     """Place and ETA of every waiting job, by id.
 
-    `busy_seconds` has one entry per slot that has a model: seconds until it is free, 0 when idle,
-    None when that is not known, in which case no ETA is.
+    `busy_seconds` has one entry per slot with a loaded model: seconds until it is free, 0 when
+    idle, None when unknown, in which case no ETA is known.
     """
     ordered = sorted(pending, key=lambda job: due(job, estimate, since))
     known = bool(busy_seconds) and None not in busy_seconds

@@ -1,9 +1,9 @@
 """The one orchestrator: submit, enhance, cancel, delete, and whatever else a caller can do.
 
-Everything that page, API and HTTP can do is a method here. The history is the truth about jobs, the
-pool about slots; the studio keeps only what is alive now: which jobs are claimed, at which step
-they are, how fast this machine is. How a request becomes a job is told in `intake.py`, how a job
-comes to a slot in `dispatch.py`, and what a run comes to in `runs.py`.
+Everything that page, API and HTTP can do is a method here. The history is the source of truth for
+jobs, the pool for slots; the studio keeps only live state: which jobs are claimed, at which step
+they are, how fast this machine is. `intake.py` turns requests into jobs, `dispatch.py` brings jobs
+to slots, and `runs.py` carries out runs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from mochi_app.studio.watching import watch
 
 log = logging.getLogger(__name__)
 
-SPEED_SAMPLE = 20  # finished jobs that teach the speeds at start
+SPEED_SAMPLE = 20  # finished jobs from which the speeds are learned at start
 
 
 class Studio:
@@ -125,7 +125,7 @@ class Studio:
         self.pool.start()
 
     def begin_stop(self) -> None:
-        """Refuse new jobs and wake everybody who waits, so that streams can end."""
+        """Refuse new jobs and wake all waiters, so that streams can end."""
         self.stopping = True
         self.history.begin_end()
         self.changed.beat()
@@ -144,7 +144,7 @@ class Studio:
             if job.model == self.settings.model_name:
                 self.live.speeds.observe(job)
 
-    # What people ask for
+    # Requests
 
     @to_the_end
     async def submit(self, *, owner: str = "", **parameters: Any) -> Job:
@@ -153,7 +153,7 @@ class Studio:
         `parameters` are those of `GenerationRequest.validate`.
 
         Raises:
-            RequestError: a value is not acceptable, or there is no room for another job.
+            RequestError: a value is not acceptable, or there is no space for another job.
         """
         return await self.intake.submit(owner, parameters)
 
@@ -161,10 +161,10 @@ class Studio:
     async def enhance(self, job_id: Any, *, owner: str = "") -> Job:
         """A new job with the same prompt, seed and size as a finished preview, and more steps.
 
-        Asked twice for one preview, it answers with the enhance that exists, or will exist.
+        A second call for the same preview returns its existing enhance.
 
         Raises:
-            RequestError: unknown job, not a finished preview, or no room.
+            RequestError: unknown job, not a finished preview, or no space.
         """
         return await self.intake.enhance(self.find(job_id), owner)
 
@@ -176,9 +176,9 @@ class Studio:
         """The job, unless it is in the trash.
 
         Raises:
-            NotFound: there is none, or it is in the trash, as the message then says: to anybody,
-                as everybody can look into the trash.
-            RequestError: this cannot be an id.
+            NotFound: there is none, or it is in the trash, which the message then says to anybody,
+                since everybody can see the trash.
+            RequestError: not a valid id.
         """
         job = self.history.get(parse_job_id(job_id))
         if job is None:
@@ -224,10 +224,10 @@ class Studio:
     ) -> dict[str, Any]:
         """A page of jobs, newest first: `jobs`, `total`, `page`, `page_size`.
 
-        `query` asks for jobs whose prompt has all of its words, the last one as a prefix.
+        `query` selects jobs whose prompt has all of its words, the last one as a prefix.
 
         Raises:
-            RequestError: naming the field that is not acceptable.
+            RequestError: names the field that is not acceptable.
         """
         statuses: frozenset[JobStatus] | None = None
         if status is not None and status != "":
@@ -270,12 +270,12 @@ class Studio:
             if live.slot is not None:
                 self.pool.slots[live.slot].slot.cancel(job.id)
             self.changed.beat()
-            try:  # what is left to do after a crash of the server; now it is being done
+            try:  # recorded for the next start, should the server crash before the job has stopped
                 return await self.history.update(job.id, to_be_cancelled)
             except HistoryError as error:
                 log.warning("job %s: its cancel is not written down: %s", job.id, error)
                 return job
-        self.dispatch.withdrawn[job.id] += 1  # so that it is not claimed while this is written
+        self.dispatch.withdrawn[job.id] += 1  # not to be claimed while this is written
         try:
             job = await self.history.update(job.id, withdrawn)
         finally:
@@ -285,8 +285,8 @@ class Studio:
         return job
 
     async def retry(self, job_id: Any, *, by: Caller = SYSTEM) -> Job:
-        """Try a job once more: a held one itself, with nothing that counts against it any more; in
-        place of one that failed or was cancelled, a new one of the caller's.
+        """Retry a job: a held one is released with its deaths reset; one that failed or was
+        cancelled is replaced by a new job of the caller's.
 
         Raises:
             Conflict: it is neither.
@@ -313,7 +313,7 @@ class Studio:
 
     @to_the_end
     async def star(self, job_id: Any, starred: Any = True) -> Job:
-        """Keep a video from being evicted, or not any more. Raises as `find`."""
+        """Protect a video from eviction, or stop protecting it. Raises as `find`."""
         if not isinstance(starred, bool):
             raise refuse("starred", starred, "true or false")
         self.find(job_id)
@@ -323,7 +323,7 @@ class Studio:
 
     @to_the_end
     async def delete(self, job_id: Any, *, by: Caller = SYSTEM) -> Job:
-        """Put an ended job into the trash: nobody sees it or its files from now on.
+        """Move an ended job to the trash, which hides it and its files.
 
         Raises:
             Conflict: it has not ended.
@@ -338,7 +338,7 @@ class Studio:
         """Undo a delete; a job that is not in the trash is returned as it is.
 
         Raises:
-            NotFound: the trash has no such job (any more).
+            NotFound: the trash has no such job, or no longer.
             NotYours: it is another caller's.
         """
         job = self.history.get(parse_job_id(job_id))
@@ -348,17 +348,17 @@ class Studio:
 
     @to_the_end
     async def empty_trash(self, *, by: Caller = SYSTEM) -> int:
-        """Remove the deleted jobs for good; returns how many.
+        """Permanently remove the deleted jobs; returns how many.
 
         Raises:
-            NotYours: there is a login, and the caller is no admin.
+            NotYours: login is required, and the caller is not an admin.
         """
         if not by.may_empty_trash:
             raise NotYours("the trash is everybody's: only an admin can empty it")
         return await self.retention.empty_trash()
 
     def view(self, job: Job) -> dict[str, Any]:
-        """The job as every door shows it."""
+        """The job as every entry point shows it."""
         return self.live.view(job)
 
     def watch(self, job_id: Any, interval: float = 0.5) -> AsyncIterator[dict[str, Any]]:
@@ -375,7 +375,7 @@ class Studio:
         )
 
     def health(self) -> dict[str, Any]:
-        """Whether a video could be made now, and if not, why."""
+        """Whether a video can be made now, and if not, why."""
         reasons = []
         if self.stopping:
             reasons.append("the server is stopping")
@@ -385,7 +385,7 @@ class Studio:
         reasons += [without_folders(problem) for problem in problems if problem is not None]
         warnings = [self.backups.problem] if self.backups.problem is not None else []
         warnings += self.outputs.warnings
-        if not self.retention.can_make_room(0):
+        if not self.retention.can_free_space(0):
             reasons.append("the quota is full of starred videos")
         reasons += filter(None, [self.dispatch.short_of_room, *(check() for check in self.checks)])
         slots = [slot.describe() for slot in self.pool.slots]

@@ -1,13 +1,13 @@
-"""Jobs that may be what ended the server: counted, run alone, and held in the end.
+"""Jobs that may have killed the server: counted, run alone, and finally held.
 
-Each job that was PROCESSING when the server died is a suspect: that it takes the whole machine
-down, by its memory for one. Pure functions of a job; who calls them when is told in `recovery.py`
-and `runs.py`, that a suspect runs alone in `scheduling.py`.
+Each job that was PROCESSING when the server died is a suspect: it may take the whole machine down,
+for example by its memory. Pure functions of a job; `recovery.py` and `runs.py` call them, and
+`scheduling.py` makes a suspect run alone.
 
-A suspect starts only when nothing else runs, and nothing starts beside it. So every later death is
-its own doing, and a death that several jobs share makes nobody's count greater than 1: an innocent
-job, however often its neighbours end the server, is never held for it, and is a suspect no longer
-once it is made.
+A suspect starts only when nothing else runs, and nothing starts alongside it. So every later death
+is its own fault, and a death that several jobs share raises no count above 1: an innocent job is
+never held for it, however often its neighbours kill the server, and stops being a suspect once it
+completes.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ HELD_DEATHS = 3  # of the server, with no new checkpoint of the job in between
 
 
 def advanced(job: Job, checkpoint_at: float) -> bool:
-    """Whether the job has left a checkpoint, at `checkpoint_at`, since the last death of it."""
+    """Whether the job has written a checkpoint, at `checkpoint_at`, since its last death."""
     return checkpoint_at not in (0.0, job.checkpoint_at)
 
 
 def cleared(job: Job) -> Job:
-    """The job with nothing that counts against it."""
+    """The job without deaths or suspicion."""
     return replace(job, deaths=[], server_deaths=0, suspect=False)
 
 
 def outlived(job: Job, checkpoint_at: float, *, alone: bool) -> Job:
     """A job that is back in the queue because its server died: one more death, and maybe held.
 
-    `checkpoint_at` is when its checkpoint was written, 0 without one; `alone` says that no other
-    job ran then.
+    `checkpoint_at` is when its checkpoint was written, 0 without one; `alone` is whether no other
+    job was running.
     """
     if advanced(job, checkpoint_at):
         job = cleared(job)
@@ -56,7 +56,7 @@ def outlived(job: Job, checkpoint_at: float, *, alone: bool) -> Job:
 
 
 def released(job: Job) -> Job:
-    """A held job that somebody wants tried again. It stays a suspect, and runs alone.
+    """A held job, back in the queue. It stays a suspect, and runs alone.
 
     Raises:
         Conflict: it is not held.

@@ -1,8 +1,8 @@
-"""Since when each job waits, on a clock that nobody sets: that on the wall may step by a day.
+"""Since when each job waits, on a monotonic clock: the wall clock may jump by a day.
 
-Who is next (`scheduling.py`) and the wait that is measured (`metrics.py`) go by this, not by the
-times in the records, which are for people. Kept in memory; what waits at a start has the age that
-its record tells, as far as the records of the jobs after it bear that out.
+The order of jobs (`scheduling.py`) and the measured wait (`metrics.py`) use this, not the times in
+the records, which are for people. Kept in memory; a job that waits at a start has the age given by
+its record, as far as the records of later jobs confirm it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mochi_app.jobs import Job
 
 
 class Waits:
-    """When each job came, in seconds of `clock`; what came before this server has its age."""
+    """When each job arrived, in seconds of `clock`; one from before this server has its age."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -22,10 +22,10 @@ class Waits:
         self._since: dict[str, float] = {}
 
     def begin(self, jobs: Sequence[Job], now: float) -> None:
-        """Take in what waits at the start, oldest first; `now` is the wall clock's.
+        """Add the jobs that wait at the start, oldest first; `now` is the wall clock's time.
 
-        No job came later than one after it, nor later than now: a submit that says so was written
-        when the clock was ahead.
+        No job arrived later than the one after it, nor later than now: such a record was written
+        while the clock was ahead.
         """
         latest, began = now, self._clock()
         for job in reversed(jobs):
@@ -33,7 +33,7 @@ class Waits:
             self._since[job.id] = began - (now - latest)
 
     def since(self, job: Job) -> float:
-        """When the job came; now, when it has just come."""
+        """When the job arrived; a new job arrives now."""
         return self._since.setdefault(job.id, self._clock())
 
     def seconds(self, job: Job) -> float:
@@ -41,5 +41,5 @@ class Waits:
         return self._clock() - max(self._began, self.since(job))
 
     def keep(self, job_ids: Collection[str]) -> None:
-        """Forget all but these."""
+        """Forget all other jobs."""
         self._since = {key: since for key, since in self._since.items() if key in job_ids}

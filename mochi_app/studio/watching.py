@@ -1,4 +1,4 @@
-"""One job watched to its end: its view whenever there is news of it."""
+"""Watch one job to its end: its view whenever it changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mochi_app.changes import Changes
 from mochi_app.jobs import Job
 from mochi_app.studio.live import is_news
 
-ETA_PAUSE = 5.0  # seconds between two views for which only the time has passed
+ETA_PAUSE = 5.0  # seconds between two views that differ only by the countdown
 
 
 async def watch(
@@ -23,9 +23,9 @@ async def watch(
     stopping: Callable[[], bool],
     interval: float,
 ) -> AsyncIterator[dict[str, Any]]:
-    """The job's view whenever it changes, until it has ended or the server is `stopping`: a new
-    status at once, its steps at most every `interval` seconds; what only counts down (an ETA) every
-    `ETA_PAUSE`. Whatever `find` raises ends it.
+    """Yield the job's view whenever it changes, until it has ended or the server is `stopping`: a
+    new status at once, steps at most every `interval` seconds, a mere countdown (an ETA) every
+    `ETA_PAUSE`. Whatever `find` raises ends the watch.
     """
     last: dict[str, Any] | None = None
     next_at = 0.0

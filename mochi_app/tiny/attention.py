@@ -1,8 +1,7 @@
 """Mochi's joint attention for training: the whole batch in one masked call.
 
-The stock processor loops over samples and cuts each one's padding away, which costs most of the
-time of a small model. Here padded text is masked instead; `tests/tiny/test_model.py` compares the
-two.
+The stock processor loops over samples and strips each one's padding, which takes most of the time
+of a small model. Here padded text is masked instead; `tests/tiny/test_model.py` compares the two.
 """
 
 from __future__ import annotations
@@ -55,6 +54,6 @@ class BatchedAttention:
 
 
 def use_batched_attention(transformer: MochiTransformer3DModel) -> None:
-    """Switch every block to the batched processor, in place; weights and results stay."""
+    """Switch every block to the batched processor, in place; weights and results do not change."""
     for block in transformer.transformer_blocks:
         block.attn1.processor = BatchedAttention()

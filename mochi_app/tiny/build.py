@@ -91,7 +91,7 @@ def build_text_encoder(vocabulary_size: int) -> T5EncoderModel:
 def build_vae() -> AutoencoderKLMochi:
     """Causal video VAE, 8x8 pixels and 6 frames to one cell of 12 channels.
 
-    No block works at full resolution: a 48x48 map of 64 channels says all that a 2x2 patch of the
+    No block works at full resolution: a 48x48 map of 64 channels holds all that a 2x2 patch of the
     small world's pixels can, at half the cost.
     """
     vae = AutoencoderKLMochi(
@@ -115,7 +115,7 @@ def start_residuals_at_zero(vae: AutoencoderKLMochi) -> None:
 
 
 def build_transformer(seed: int) -> MochiTransformer3DModel:
-    """Diffusion transformer: 12 heads of 16, which 2, 3, 4 and 6 ranks divide."""
+    """Diffusion transformer: 12 heads of width 16, which divide over 2, 3, 4 and 6 ranks."""
     transformer = MochiTransformer3DModel(
         patch_size=2,
         num_attention_heads=HEADS,
@@ -133,10 +133,10 @@ def build_transformer(seed: int) -> MochiTransformer3DModel:
 
 
 def position_frequencies(seed: int) -> torch.Tensor:
-    """Rotary frequencies (axis t, h, w; head; pair), in radians a latent frame or a position unit.
+    """Rotary frequencies (axis t, h, w; head; pair), in radians per latent frame or position unit.
 
     Mochi stretches rows and columns to +-96 units whatever the size, so a token of a 6x6 grid
-    spans 32. Each pair watches one axis mostly; a little of the others lets heads learn oblique
+    spans 32. Each pair mostly follows one axis; a little of the others lets heads learn oblique
     directions.
     """
     generator = torch.Generator().manual_seed(seed + 1)
@@ -177,7 +177,7 @@ def build_pipeline(seed: int) -> MochiPipeline:
 
 
 def model_defaults(notice: str | None) -> dict[str, Any]:
-    """What the app should ask of this model by default, and the most that it may."""
+    """The app's default request parameters for this model, and their limits."""
     return {
         "height": HEIGHT,
         "width": WIDTH,
@@ -193,11 +193,11 @@ def model_defaults(notice: str | None) -> dict[str, Any]:
 
 
 def save_pipeline(pipeline: MochiPipeline, output: Path, notice: str | None) -> None:
-    """Write the folder beside its place first, then move each file over the old one.
+    """Write a folder next to `output` first, then move each file over the old one.
 
     VAE and transformer are stored as float16, which halves the folder; `from_pretrained` widens
     them to float32. The text encoder stays float32, because transformers would keep the stored
-    type.
+    dtype.
     """
     staging = output.with_name(output.name + ".new")
     if staging.exists():
@@ -227,7 +227,7 @@ def save_pipeline(pipeline: MochiPipeline, output: Path, notice: str | None) -> 
 
 
 def strip_machine_details(folder: Path) -> None:
-    """Keep the folder loadable elsewhere: no recorded paths, the tokenizer class's lasting name.
+    """Keep the folder loadable elsewhere: no recorded paths, a portable tokenizer class name.
 
     transformers 5 calls the class TokenizersBackend; PreTrainedTokenizerFast loads in 4 and 5.
     """

@@ -1,6 +1,6 @@
-"""State of a training stage: model, average of its weights, optimiser, step, losses; saved whole.
+"""State of a training stage: model, averaged weights, optimiser, step, losses; saved together.
 
-A stage that is stopped at any moment goes on from its last checkpoint; pauses (SIGSTOP) do no
+A stage that is stopped at any moment resumes from its last checkpoint; pauses (SIGSTOP) do no
 harm, because nothing depends on the clock.
 """
 
@@ -39,11 +39,11 @@ class Training:
 
     @property
     def path(self) -> Path:
-        """Where the checkpoint lies."""
+        """Where the checkpoint is saved."""
         return self.folder / f"{self.name}.pt"
 
     def update(self) -> None:
-        """Apply the gradients (norm at most 1), then move the average."""
+        """Apply the gradients (norm clipped to 1), then update the average."""
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -52,12 +52,12 @@ class Training:
         self.average()
 
     def record(self, loss: float) -> None:
-        """Note the loss of the step just made."""
+        """Record the loss of the step just made."""
         self.recent.append(loss)
 
     @contextmanager
     def clocked(self, every: int) -> Iterator[None]:
-        """Around one step: count its time, log each `every` steps, checkpoint when it is time."""
+        """Wrap one step: count its time, log every `every` steps, checkpoint when due."""
         began = time.monotonic()
         yield
         self.seconds += time.monotonic() - began
@@ -78,7 +78,7 @@ class Training:
             torch._foreach_lerp_(ours, theirs, 1 - decay)
 
     def save(self) -> None:
-        """Write the checkpoint beside the old one, then over it."""
+        """Write the checkpoint next to the old one, then replace it."""
         staging = self.path.with_suffix(".new")
         torch.save(
             {

@@ -1,4 +1,4 @@
-"""Draw loss curves with Pillow: one panel a stage, logarithmic, no plotting library needed."""
+"""Draw loss curves with Pillow: one logarithmic panel per stage, without a plotting library."""
 
 from __future__ import annotations
 

@@ -24,12 +24,13 @@ TRAINING_SEEDS = 1_000_000  # evaluation uses seeds below
 EMPTY_CAPTIONS = 0.1
 PARTIAL_CAPTIONS = 0.06
 USUAL_SIGNAL = 0.45  # root mean square contrast, of 2, × width: a large shape in clear colours
-MAX_WEIGHT = 3.0
+RING_LINE = 0.6  # a ring's line is thin: its hole closes where a disc of its width is safe
+MAX_WEIGHT = 4.0
 MIRROR = {"moving left": "moving right", "moving right": "moving left"}
 
 
 def step_random(seed: int, stage: str, step: int) -> np.random.Generator:
-    """The generator that makes the batch of this step, whatever ran before."""
+    """The generator for the batch of this step, independent of earlier steps."""
     return np.random.default_rng([seed, *stage.encode(), step])
 
 
@@ -96,7 +97,7 @@ class LatentSource:
         self.palette = palette()
 
     def batch(self, random: np.random.Generator, size: int) -> LatentBatch:
-        """A batch; some captions say nothing, as guidance needs it, or not everything."""
+        """A batch; some captions are empty, as guidance needs, or incomplete."""
         chosen = [words.training_attributes(random) for _ in range(size)]
         moments = torch.stack([self._moments(attributes, random) for attributes in chosen])
         captions = [self._caption(attributes, random) for attributes in chosen]
@@ -114,18 +115,21 @@ class LatentSource:
         return moments * torch.tensor([1.0, -1.0, 1.0, 1.0]).view(4, 1, 1, 1)
 
     def weight(self, attributes: Attributes, caption: str) -> float:
-        """More for small shapes and for colours close to each other, which a plain mean forgets.
+        """More for small shapes and for similar colours, which a plain mean neglects.
 
-        It depends on the caption alone. A weight that looks at the picture, such as more for the
-        cells of the shape, moves the mean that the model learns: while several places are still
-        possible it draws some of each, and two copies or a rectangle come of it.
+        It depends on the caption alone. A weight that depends on the picture, such as more for the
+        cells of the shape, shifts the mean that the model learns: while several places are still
+        possible it draws some of each, which yields two copies or a rectangle.
         """
         try:
             words.parse_caption(caption)
-        except ValueError:  # it does not tell size and colours
+        except ValueError:  # it does not give size and colours
             return 1.0
         contrast = self.palette[attributes.color] - self.palette[attributes.background]
-        signal = float(contrast.square().mean().sqrt()) * world.WIDTHS[attributes.size]
+        line = world.WIDTHS[attributes.size]
+        if words.SHAPES[attributes.shape] == "ring":
+            line *= RING_LINE
+        signal = float(contrast.square().mean().sqrt()) * line
         return min(MAX_WEIGHT, max(1.0, USUAL_SIGNAL / signal))
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""Read from a video what it shows, and report how well the embedded model follows its captions.
+"""Read what a video shows, and report how well the embedded model follows its captions.
 
-`read_video` is plain geometry, nothing is learned: the border tells the background, the pixels
-furthest from it the colour, their share between the two colours a soft mask; its centroid and area
-over time tell the motion, and the template that overlaps the mask best tells the shape. Run a
+`read_video` is plain geometry, nothing is learned: the border gives the background, the pixels
+furthest from it the colour, each pixel's share between the two a soft mask; its centroid and area
+over time give the motion, and the template that overlaps the mask best gives the shape. Run a
 report with::
 
     python -m mochi_app.tiny.judge --model assets/tiny-mochi --captions 200 --seed 0
@@ -34,7 +34,7 @@ ATTRIBUTES = ("background", "color", "motion", "shape", "size")
 AREA = np.array([np.pi / 4, 1.0, world.TRIANGLE_HEIGHT / 2, np.pi / 4 * (1 - world.HOLE**2)])
 TRAVEL = 0.15  # of the frame: less is no movement
 GROWTH = 1.25  # ratio of the widths at the end and at the start
-FOREGROUND = 0.02  # share of the frame that a shape covers at least
+FOREGROUND = 0.02  # minimum share of the frame that a shape covers
 CAPTION_TOKENS = 32
 
 
@@ -68,7 +68,7 @@ def read_color(unlit: Floats, background: int) -> int:
 
 
 def soft_mask(unlit: Floats, color: int, background: int) -> Floats:
-    """Each pixel's place on the way from background (0) to colour (1): (T, H, W)."""
+    """Each pixel's position between background (0) and colour (1): (T, H, W)."""
     way = palette()[color] - palette()[background]
     share = (unlit - palette()[background]) @ way / np.dot(way, way)
     # faint stains far from the shape would pull on its centroid
@@ -97,7 +97,8 @@ def track(mask: Floats) -> Track:
 
 
 def read_motion(path: Track, side: int) -> int:
-    """Movement from the centroid's line, growth from the area's; cut-off frames count less."""
+    """Movement from a line fit of the centroid, growth from one of the area; frames that cut the
+    shape off count less."""
     clock = np.linspace(-0.5, 0.5, len(path.areas))
     weight = np.where(path.whole, 1.0, 0.3)
     travel_x, travel_y = (
@@ -126,7 +127,7 @@ def read_shape(mask: Floats, path: Track) -> int:
     for shape in range(len(words.SHAPES)):
         across = np.sqrt(path.areas[frames] / AREA[shape])
         centers = path.centers[frames].copy()
-        if words.SHAPES[shape] == "triangle":  # its centroid lies a sixth of its height too low
+        if words.SHAPES[shape] == "triangle":  # its centroid is a sixth of its height too low
             centers[:, 1] -= across * world.TRIANGLE_HEIGHT / 6
         _, height, width = mask.shape
         plan = world.Plan(
@@ -141,7 +142,7 @@ def read_shape(mask: Floats, path: Track) -> int:
 
 
 def read_size(path: Track, shape: int, side: int) -> int:
-    """The nearest of the three widths, over the middle of the video (growth is about it)."""
+    """The nearest of the three widths, by the video's mean width (growth is centred on it)."""
     across = np.sqrt(path.areas[path.whole] / AREA[shape]) / side
     width = float(np.exp(np.mean(np.log(across))))
     return int(np.argmin(np.abs(np.log(np.array(world.WIDTHS) / width))))
@@ -166,7 +167,7 @@ def read_video(video: Pixels) -> Attributes:
 
 
 def accuracies(truth: Sequence[Attributes], seen: Sequence[Attributes]) -> dict[str, float]:
-    """Share right of each attribute, of three and of four together (size never counted in)."""
+    """Share correct of each attribute, and of two, three and four together (without size)."""
     right = {
         name: np.array(
             [getattr(a, name) == getattr(b, name) for a, b in zip(truth, seen, strict=True)]
@@ -193,7 +194,7 @@ def generate(
     steps: int,
     **options: Any,
 ) -> list[Pixels]:
-    """The prompts' videos, each from its own seed, in batches of ten."""
+    """Generate the prompts' videos, each from its own seed, in batches of ten."""
     videos: list[Pixels] = []
     for first in range(0, len(prompts), 10):
         part = slice(first, first + 10)
@@ -210,7 +211,7 @@ def generate(
 
 
 def reconstruct(pipeline: MochiPipeline, video: Pixels) -> Pixels:
-    """The video through encoder and decoder."""
+    """The video after encoding and decoding."""
     pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
     with torch.no_grad():
         decoded = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mode()).sample
@@ -234,7 +235,7 @@ def vae_report(pipeline: MochiPipeline, truth: Sequence[Attributes], seed: int) 
 
 
 def held_out(count: int, seed: int) -> list[Attributes]:
-    """Captions' attributes that training never saw together."""
+    """Attributes of captions that training never saw together."""
     random = np.random.default_rng([seed, 5])
     return [words.held_out_attributes(random) for _ in range(count)]
 
@@ -275,7 +276,7 @@ def sheet_prompts() -> Iterator[str]:
 
 
 def contact_sheet(rows: Sequence[Sequence[Pixels]], frames: Sequence[int]) -> Image.Image:
-    """One row a prompt: these frames of each of its videos, side by side."""
+    """One row per prompt: these frames of each of its videos, side by side."""
     gap = 4
     strips = []
     for videos in rows:

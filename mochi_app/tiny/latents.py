@@ -4,8 +4,8 @@ One latent cell covers 8x8 pixels of 6 frames (the first cell in time: the first
 12 channels are four inner products of the block with an orthonormal basis, each for red, green and
 blue: the mean, and the first-order ramps along x, y and t. So an edge's place, direction and speed
 inside a block are all in the cell, the mean colour can be read off for live previews, and the
-transformer can be trained on rendered videos without an encoder. `write_encoder` puts exactly this
-map into the weights of `AutoencoderKLMochi`'s encoder; nothing of it is learned.
+transformer can be trained on rendered videos without an encoder. `write_encoder` writes exactly
+this map into the weights of `AutoencoderKLMochi`'s encoder; none of it is learned.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def write_encoder(vae: AutoencoderKLMochi) -> None:
     The strided convolutions rearrange 4x4x2 blocks losslessly into channels and then take the
     inner products. The last group norm would lose their scale, so each of its groups of four
     channels holds (a, -a, K, -K) with a constant K far above a: the group's deviation is then K /
-    sqrt(2) but for a part in a thousand. And silu(a) - silu(-a) = a exactly, so the last
-    activation does nothing.
+    sqrt(2) to within one part in a thousand. And silu(a) - silu(-a) = a exactly, so the last
+    activation has no effect.
     """
     encoder = vae.encoder
     with torch.no_grad():

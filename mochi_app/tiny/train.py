@@ -1,12 +1,11 @@
-"""Train the embedded model from nothing, or go on where it stopped, and export it: one command.
+"""Train the embedded model from scratch, or resume where it stopped, and export it: one command.
 
     python -m mochi_app.tiny.train --resume --output assets/tiny-mochi --work train-tiny
 
 Stages: the text encoder alone (a minute), then the VAE's decoder and the transformer at the same
 time in two processes of one core each (hours), then the export into a MochiPipeline folder. Every
-stage checkpoints into the work folder every two minutes; stopping or pausing it at any moment
-costs at most that. `--init FOLDER` starts from exported weights where the work folder has no
-checkpoint.
+stage checkpoints into the work folder every two minutes; stopping it at any moment costs at most
+that. `--init FOLDER` starts from exported weights where the work folder has no checkpoint.
 """
 
 from __future__ import annotations
@@ -52,7 +51,8 @@ def start_stage(name: str, pipeline: MochiPipeline, options: argparse.Namespace)
         elif name == "decoder":
             training = train_decoder.start(pipeline.vae, options.work)
         else:
-            training = train_transformer.start(pipeline.transformer, options.work)
+            rate = options.transformer_rate
+            training = train_transformer.start(pipeline.transformer, options.work, rate)
     if training.resume():
         logger.info("%s goes on at step %d", name, training.step)
     return training
@@ -131,6 +131,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decoder-steps", type=int, default=5000)
     parser.add_argument("--transformer-steps", type=int, default=6000)
     parser.add_argument(
+        "--transformer-rate",
+        type=float,
+        default=train_transformer.RATE,
+        help="AdamW's learning rate; 4e-4 goes on best from exported weights",
+    )
+    parser.add_argument(
         "--geometries", type=int, default=PER_CLASS, help="of each shape, motion and size"
     )
     parser.add_argument("--eager", action="store_true", help="no torch.compile, no C++ compiler")
@@ -139,7 +145,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_work(options: argparse.Namespace) -> None:
-    """Refuse to train over checkpoints that nobody asked to go on from."""
+    """Refuse to overwrite checkpoints without `--resume`."""
     options.work.mkdir(parents=True, exist_ok=True)
     found = [name for name in STAGES if (options.work / f"{name}.pt").exists()]
     if found and not options.resume and options.stage != "export":

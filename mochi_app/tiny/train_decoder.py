@@ -31,7 +31,7 @@ def start(vae: AutoencoderKLMochi, work: Path, rate: float = 1e-3) -> Training:
 
 
 def example(seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents (B, 12, t, 12, 12) and frames (B, 3, T, 96, 96); each fourth batch a whole video."""
+    """Latents (B, 12, t, 12, 12) and frames (B, 3, T, 96, 96); every fourth batch a whole video."""
     random = data.step_random(seed, "decoder", step)
     frames = data.clips(random, 1, 31) if step % 4 == 3 else data.clips(random, 2, CLIP_FRAMES)
     exact = latents.normalise(latents.analytic_latents(frames))
@@ -51,7 +51,7 @@ def loss_of(decoder: torch.nn.Module, codes: torch.Tensor, frames: torch.Tensor)
 
 
 def one_step(training: Training, *, seed: int, steps: int) -> float:
-    """One update; the loss that it saw."""
+    """Make one update; returns its loss."""
     set_learning_rate(training, steps)
     codes, frames = example(seed, training.step)
     loss = loss_of(training.model, codes, frames)

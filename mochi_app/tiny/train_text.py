@@ -1,8 +1,8 @@
 """Train the text encoder alone: five linear heads read the attributes from the mean of its
 outputs.
 
-Done first and then frozen: a transformer that learns together with its encoder confuses which
-colour belongs to the shape and which to the background for a long time.
+Trained first and then frozen: a transformer that learns together with its encoder confuses for a
+long time which colour belongs to the shape and which to the background.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Reader(nn.Module):
 def tokens(
     tokenizer: PreTrainedTokenizerFast, captions: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask (B, L), padded only to the longest: padding beyond changes nothing."""
+    """Token ids and mask (B, L), padded only to the longest: more padding changes nothing."""
     encoded = tokenizer(captions, padding="longest", truncation=True, return_tensors="pt")
     return encoded.input_ids, encoded.attention_mask
 
@@ -57,7 +57,7 @@ def start(encoder: T5EncoderModel, work: Path, rate: float = 2e-3) -> Training:
 def one_step(
     training: Training, tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int
 ) -> float:
-    """One update; the loss that it saw."""
+    """Make one update; returns its loss."""
     set_learning_rate(training, steps)
     random = data.step_random(seed, "text", training.step)
     chosen = [words.training_attributes(random) for _ in range(BATCH)]
@@ -75,7 +75,7 @@ def one_step(
 
 
 def run(training: Training, tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int) -> None:
-    """Train up to `steps`: a minute in all."""
+    """Train up to `steps`: about a minute."""
     if training.step >= steps:
         return
     while training.step < steps:

@@ -35,7 +35,7 @@ class Captions:
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed; a fixed length, because a compiled step wants fixed shapes."""
+        """Embed at a fixed length, because a compiled step needs fixed shapes."""
         encoded = self.tokenizer(
             captions,
             padding="max_length",

@@ -103,7 +103,7 @@ class Attributes:
 
 
 def is_held_out(attributes: Attributes) -> bool:
-    """Whether this triple of colour, background and shape is kept out of every training."""
+    """Whether this triple of colour, background and shape is kept out of training."""
     return (attributes.color + attributes.background + attributes.shape) % 5 == 0
 
 
@@ -178,7 +178,7 @@ def held_out_attributes(random: np.random.Generator) -> Attributes:
 
 
 def random_caption(attributes: Attributes, random: np.random.Generator) -> str:
-    """One of the many ways to say it: synonyms, articles, word order, capitals, full stop."""
+    """One of many phrasings: synonyms, articles, word order, capitals, full stop."""
     if random.random() < 0.4:
         return caption_of(attributes)
     shape = _pick(SHAPE_WORDS[SHAPES[attributes.shape]], random)
@@ -231,7 +231,7 @@ def _with_article(noun: str, random: np.random.Generator) -> str:
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word that training can meet, sorted, so that token numbers never depend on a run."""
+    """Every word that can occur in training, sorted, so that token ids do not depend on a run."""
     words: set[str] = {*COLORS, *EXTRA_WORDS}
     for table in (SHAPE_WORDS, MOTION_WORDS, SIZE_WORDS):
         for phrases in table.values():

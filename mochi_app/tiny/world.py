@@ -1,4 +1,4 @@
-"""The small world that the embedded model knows: one lit shape over a background.
+"""The small world of the embedded model: one lit shape over a background.
 
 `render(caption, seed)` gives the video, uint8, exactly reproducible. `plan` and `coverage` are its
 two halves (where the shape is, how much of each pixel it covers), which training uses without
@@ -21,7 +21,7 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 WIDTHS = (0.26, 0.38, 0.52)  # across, as a fraction of the frame: small, plain, big
 HOLE = 0.55  # of a ring's outer diameter
 TRIANGLE_HEIGHT = 0.866  # of its base: equilateral
-LIGHT = 10.0  # added at the top edge and taken away at the bottom, of 255
+LIGHT = 10.0  # added at the top edge and subtracted at the bottom, of 255
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
@@ -39,7 +39,7 @@ class Plan:
 
 
 def plan(attributes: Attributes, seed: int, num_frames: int) -> Plan:
-    """Draw size, place, travel or growth from the seed."""
+    """Draw size, place, travel and growth from the seed."""
     random = np.random.default_rng(seed)
     width = WIDTHS[attributes.size] * random.uniform(0.95, 1.05)
     travel = random.uniform(0.4, 0.6)
@@ -117,6 +117,6 @@ def render_attributes(
 def render(
     caption: str, seed: int, *, height: int = 96, width: int = 96, num_frames: int = 31
 ) -> Pixels:
-    """The video of a caption: uint8 (T, H, W, 3). ValueError when it is not of the world."""
+    """The video of a caption: uint8 (T, H, W, 3). ValueError if it does not describe this world."""
     attributes = parse_caption(caption)
     return render_attributes(attributes, seed, height=height, width=width, num_frames=num_frames)

@@ -7,9 +7,11 @@ are checked by the studio, so the annotations describe and do not enforce.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hmac
+import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, get_type_hints
 
 import gradio as gr
 from gradio import FileData
@@ -17,6 +19,7 @@ from gradio import FileData
 from mochi_app.disk_errors import reason_of
 from mochi_app.errors import HistoryError
 from mochi_app.jobs import JobStatus
+from mochi_app.parameters import ASKED, GenerationRequest
 from mochi_app.request import RequestError
 from mochi_app.studio.studio import Studio
 from mochi_app.web.auth import caller_of
@@ -39,6 +42,47 @@ def refusals() -> Iterator[None]:
         yield
     except (RequestError, HistoryError) as error:
         raise Refused(error) from None
+
+
+def takes_parameters(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """`endpoint(self, request, **given)` with a signature and an Args section that have each
+    parameter of a request, as Gradio reads them for the API."""
+    ordered = sorted(
+        (declared.position, name) for name, declared in ASKED.items() if declared.position
+    )
+    names = [name for _, name in ordered]
+    hints = get_type_hints(GenerationRequest)
+    own = list(inspect.signature(endpoint).parameters.values())[:2]
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [
+        inspect.Parameter(name, positional, annotation=hints[name])
+        if ASKED[name].omitted is None
+        else inspect.Parameter(name, positional, default=None, annotation=hints[name] | None)
+        for name in names
+    ]
+    returned = get_type_hints(endpoint)["return"]
+    signature = inspect.Signature([*own, *parameters], return_annotation=returned)
+
+    if inspect.isasyncgenfunction(endpoint):
+
+        @functools.wraps(endpoint)
+        async def described(*args: Any, **kwargs: Any) -> Any:
+            async for item in endpoint(**signature.bind(*args, **kwargs).arguments):
+                yield item
+    else:
+
+        @functools.wraps(endpoint)
+        async def described(*args: Any, **kwargs: Any) -> Any:
+            return await endpoint(**signature.bind(*args, **kwargs).arguments)
+
+    described.__signature__ = signature  # type: ignore[attr-defined]
+    described.__annotations__ = {one.name: one.annotation for one in parameters} | {
+        "request": gr.Request,
+        "return": returned,
+    }
+    lines = [f"    {name}: {ASKED[name].help}" for name in names]
+    described.__doc__ = "\n".join([inspect.getdoc(endpoint) or "", "", "Args:", *lines])
+    return described
 
 
 class Api:
@@ -73,55 +117,12 @@ class Api:
             concurrency_limit=len(self._studio.pool.slots),
         )
 
-    async def submit_job(
-        self,
-        prompt: str,
-        request: gr.Request,
-        negative_prompt: str | None = None,
-        seed: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        request_id: str | None = None,
-        schedule: str | None = None,
-        lora: str | None = None,
-        lora_scale: float | None = None,
-    ) -> dict[str, Any]:
+    @takes_parameters
+    async def submit_job(self, request: gr.Request, **given: Any) -> dict[str, Any]:
         """Ask for a video; returns the job at once, its id in `id`. The job is kept whatever
-        happens to the caller. The same `request_id` again returns the same job.
-
-        Args:
-            prompt: What to show, 1 to 2000 characters.
-            negative_prompt: What to avoid.
-            seed: 0 to 4294967295; drawn and recorded when omitted.
-            num_inference_steps: 2 to 512; a preview's when omitted.
-            guidance_scale: 0 to 20; at most 1 means no guidance.
-            height: Pixels, a multiple of 16.
-            width: Pixels, a multiple of 16.
-            num_frames: 6k+1 frames.
-            request_id: Your own name for this request, so that it can be sent twice safely.
-            schedule: linear_quadratic, or fast: made for 8 steps at a guidance_scale of 1.5.
-            lora: Name of a LoRA of this server; none when omitted.
-            lora_scale: 0 to 2; 1 when omitted.
-        """
+        happens to the caller. The same `request_id` again returns the same job."""
         with refusals():
-            job = await self._studio.submit(
-                owner=caller_of(request).name,
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                seed=seed,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                height=height,
-                width=width,
-                num_frames=num_frames,
-                schedule=schedule,
-                lora=lora,
-                lora_scale=lora_scale,
-                request_id=request_id,
-            )
+            job = await self._studio.submit(owner=caller_of(request).name, **given)
         return self._studio.view(job)
 
     async def enhance_job(self, job_id: str, request: gr.Request) -> dict[str, Any]:
@@ -224,59 +225,16 @@ class Api:
         with refusals():
             return self._studio.view(await self._studio.star(job_id, starred))
 
-    async def generate(
-        self,
-        prompt: str,
-        request: gr.Request,
-        negative_prompt: str | None = None,
-        seed: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        request_id: str | None = None,
-        schedule: str | None = None,
-        lora: str | None = None,
-        lora_scale: float | None = None,
-    ) -> AsyncIterator[FileData]:
+    @takes_parameters
+    async def generate(self, request: gr.Request, **given: Any) -> AsyncIterator[FileData]:
         """Ask for a video and wait for it. Streams the job as it advances, then the MP4. Parameters
-        as in submit_job; a caller that goes away can find the job in list_jobs.
-
-        Args:
-            prompt: What to show, 1 to 2000 characters.
-            negative_prompt: What to avoid.
-            seed: 0 to 4294967295; drawn and recorded when omitted.
-            num_inference_steps: 2 to 512; a preview's when omitted.
-            guidance_scale: 0 to 20; at most 1 means no guidance.
-            height: Pixels, a multiple of 16.
-            width: Pixels, a multiple of 16.
-            num_frames: 6k+1 frames.
-            request_id: Your own name for this request, so that it can be sent twice safely.
-            schedule: linear_quadratic, or fast: made for 8 steps at a guidance_scale of 1.5.
-            lora: Name of a LoRA of this server; none when omitted.
-            lora_scale: 0 to 2; 1 when omitted.
-        """
+        as in submit_job; a caller that goes away can find the job in list_jobs."""
         most = self._studio.settings.max_watchers
         if self._watchers >= most:
             raise Refused(f"{most} callers wait already: use submit_job and get_job_status")
         self._watchers += 1
         try:
-            job = await self.submit_job(
-                prompt,
-                request,
-                negative_prompt,
-                seed,
-                num_inference_steps,
-                guidance_scale,
-                height,
-                width,
-                num_frames,
-                request_id,
-                schedule,
-                lora,
-                lora_scale,
-            )
+            job = await self.submit_job(request, **given)
             async for item in self._progress(job["id"]):
                 yield item
         finally:

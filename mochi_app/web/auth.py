@@ -1,9 +1,9 @@
-"""Who comes in: login, API token, anonymous browsers, the app's own tickets.
+"""Authentication: login, API token, anonymous browsers, the app's own tickets.
 
-One ASGI layer before all routes, ours and Gradio's, decides once for each request, and leaves the
-`Caller` in its scope. With an accounts file whoever is nobody known stays outside, but for the
-probes and the login itself. Without one everybody may come in, and a signed cookie tells one
-browser from another, so that each stops and deletes its own jobs.
+One ASGI layer in front of all routes, ours and Gradio's, decides once per request and stores the
+`Caller` in its scope. With an accounts file, unauthenticated requests are refused, except to the
+probes and the login itself. Without one everybody has access, and a signed cookie distinguishes
+browsers, so that each can stop and delete its own jobs.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ KEY_FILE = "secret.key"  # in the data folder
 KEY_BYTES = 32
 LOGIN_SECONDS = 30 * 86400
 VISITOR_SECONDS = 400 * 86400  # as long as browsers keep a cookie; renewed at each visit
-CHECKS_AT_ONCE = 2  # passwords; each takes 16 MiB and a core
-CHECKS_WAITING = 16  # more logins than that at a time are refused
+CHECKS_AT_ONCE = 2  # password checks; each takes 16 MiB and a core
+CHECKS_WAITING = 16  # further logins are refused
 MAX_COOKIE = 1024  # characters
 
 SCOPE_KEY = "mochi.caller"
@@ -57,18 +57,18 @@ TICKET_PATH = re.compile(rf"/gradio_api/call/{ENDPOINT}(/[^/]+)?")
 
 
 def caller_of(request: Any) -> Caller:
-    """Who asks, by a request of FastAPI's or Gradio's; nobody known when no door was passed."""
+    """The caller of a FastAPI or Gradio request; an unnamed one if it did not pass `Guard`."""
     connection = getattr(request, "request", None) or request
     return getattr(connection, "scope", {}).get(SCOPE_KEY) or Caller()
 
 
 def is_stranger(request: Request) -> bool:
-    """Whether the caller got here without the login that this server asks for."""
+    """Whether the caller has not logged in although this server requires it."""
     return request.scope.get(SCOPE_KEY) is None
 
 
 def user_of(request: Request) -> str | None:
-    """For Gradio's `auth_dependency`: None stays outside."""
+    """For Gradio's `auth_dependency`: None is refused."""
     caller: Caller | None = request.scope.get(SCOPE_KEY)
     if caller is None:
         return None
@@ -76,11 +76,11 @@ def user_of(request: Request) -> str | None:
 
 
 def load_key(folder: Path) -> bytes:
-    """The key that signs cookies, made at the first start, for its owner's eyes only.
+    """The key that signs cookies, created at the first start and readable only by its owner.
 
     Raises:
         SettingsError: the file is not a key.
-        OSError: it cannot be read or made.
+        OSError: it cannot be read or created.
     """
     path = folder / KEY_FILE
     with contextlib.suppress(FileExistsError):
@@ -103,7 +103,7 @@ def load_key(folder: Path) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """A login that was not ended; `since` is in seconds since 1970."""
+    """A login that has not ended; `since` is in seconds since 1970."""
 
     account: Account
     id: str
@@ -111,11 +111,11 @@ class Login:
 
 
 class Auth:
-    """Tells who comes. `closed` with an accounts file: then whoever is nobody known stays outside.
+    """Authenticates requests. `closed` with an accounts file: then a login is required.
 
     Raises:
         SettingsError: the accounts file, or the key, cannot be used.
-        OSError: the key cannot be read or made.
+        OSError: the key cannot be read or created.
     """
 
     def __init__(self, settings: Settings, ticket_secret: str) -> None:
@@ -124,7 +124,7 @@ class Auth:
         self._token = token.get_secret_value().strip().encode() if token else None
         self._ticket_secret = ticket_secret.encode()
         key = load_key(settings.data_dir)
-        # Servers on one host share their cookies: each has its own names.
+        # Servers on one host see each other's cookies: each has its own names.
         mark = hashlib.sha256(key).hexdigest()[:8]
         self.login_cookie = f"mochi-login-{mark}"
         self.visitor_cookie = f"mochi-visitor-{mark}"
@@ -137,12 +137,12 @@ class Auth:
 
     @property
     def closed(self) -> bool:
-        """Whether one has to log in."""
+        """Whether a login is required."""
         return self._accounts is not None
 
     @property
     def problem(self) -> str | None:
-        """Why somebody who should come in cannot, for `/healthz`."""
+        """Why somebody who should have access does not, for `/healthz`."""
         if self._accounts is None:
             return None
         if self._accounts.empty and self._token is None:
@@ -150,7 +150,7 @@ class Auth:
         return self._accounts.problem
 
     def caller(self, connection: HTTPConnection) -> Caller | None:
-        """Who comes; None for a stranger before a closed door."""
+        """The caller; None if a login is required and missing."""
         headers = connection.headers
         for_ticket = TICKET_PATH.fullmatch(connection.scope["path"])
         if for_ticket and same(headers.get(SECRET_HEADER), self._ticket_secret):
@@ -163,14 +163,14 @@ class Auth:
 
     def _logged_in(self, accounts: Accounts, connection: HTTPConnection) -> Caller | None:
         login = self._login(accounts, connection)
-        # By a clock that was set back a login is of the future. It is ours all the same.
+        # After the clock was set back, a login may be in the future. It is still valid.
         if login is None or abs(time.time() - login.since) > LOGIN_SECONDS:
             return None
         return Caller(login.account.name, login.account.admin)
 
     def _login(self, accounts: Accounts, connection: HTTPConnection) -> Login | None:
-        """The login of the request's cookie, however old, unless it was ended: by a logout, or with
-        its account or password."""
+        """The login in the request's cookie, however old, unless it was ended: by a logout, or
+        because its account is gone or has another password."""
         match signed(self._logins, connection.cookies.get(self.login_cookie)):
             case [str(name), str(mark), int(series), str(login)], float(since):
                 account = accounts.find(name)
@@ -181,15 +181,15 @@ class Auth:
         return None
 
     def _visitor(self, connection: HTTPConnection) -> str | None:
-        """The name in the cookie, however old: it gives access to nothing but one's own jobs, and a
-        browser that loses it loses these."""
+        """The name in the cookie, however old: it only gives access to the browser's own jobs, and
+        a browser that loses it loses these."""
         match signed(self._visitors, connection.cookies.get(self.visitor_cookie)):
             case str(name), _ if name.startswith(ANONYMOUS):
                 return name
         return None
 
     def welcome(self, connection: HTTPConnection) -> str:
-        """The cookie line that makes a browser known, or known for longer, as one visitor."""
+        """The Set-Cookie header that identifies a browser as one visitor, or renews that."""
         name = self._visitor(connection) or ANONYMOUS + secrets.token_hex(8)
         response = Response()
         self.set_cookie(
@@ -198,10 +198,10 @@ class Auth:
         return response.headers["set-cookie"]
 
     async def log_in(self, connection: HTTPConnection, name: str, password: str) -> Account:
-        """The account, if name and password are right.
+        """The account, if name and password are correct.
 
         Raises:
-            LoginRefused: they are not, or too many were tried from this address.
+            LoginRefused: they are not, or this address has tried too often.
         """
         assert self._accounts is not None
         address = address_of(connection)
@@ -225,13 +225,13 @@ class Auth:
         return account
 
     def remember(self, response: Response, connection: HTTPConnection, account: Account) -> None:
-        """Put the cookie of a login into the response."""
+        """Set the cookie of a new login on the response."""
         name, login = account.name, secrets.token_urlsafe(12)
         value = self._logins.dumps([name, account.password.mark, self._ended.series(name), login])
         self.set_cookie(response, connection, self.login_cookie, value, LOGIN_SECONDS)
 
     async def log_out(self, connection: HTTPConnection) -> None:
-        """End the login that the request came with, wherever its cookie was copied to."""
+        """End the request's login, including any copies of its cookie."""
         login = self._login(self._accounts, connection) if self._accounts is not None else None
         if login is not None:
             name = login.account.name
@@ -241,7 +241,7 @@ class Auth:
     def set_cookie(
         self, response: Response, connection: HTTPConnection, name: str, value: str, seconds: int
     ) -> None:
-        """A cookie that no script reads and no other site's page sends along."""
+        """Set a cookie that scripts cannot read and other sites' pages do not send."""
         forwarded = connection.headers.get("x-forwarded-proto", "").split(",")[0].strip()
         secure = "https" in (connection.scope.get("scheme"), forwarded)
         response.set_cookie(
@@ -250,12 +250,12 @@ class Auth:
 
 
 def same(given: str | None, secret: bytes) -> bool:
-    """Whether a secret was given, in a time that tells nothing of it."""
+    """Whether the secret was given, compared in constant time."""
     return given is not None and hmac.compare_digest(given.encode("utf-8", "replace"), secret)
 
 
 def bearer(header: str | None) -> str | None:
-    """The token of an Authorization header of that scheme, in whatever case (RFC 9110, 11.1)."""
+    """The token of a Bearer Authorization header; the scheme in any case (RFC 9110, 11.1)."""
     match (header or "").split(maxsplit=1):
         case [scheme, token] if scheme.lower() == "bearer":
             return token.strip()
@@ -263,7 +263,7 @@ def bearer(header: str | None) -> str | None:
 
 
 def serializer(key: bytes, purpose: str) -> URLSafeTimedSerializer:
-    """Signs small JSON values with the time; a value signed for one purpose is no other's."""
+    """Signs small JSON values with the time; a signature is valid for one purpose only."""
     return URLSafeTimedSerializer(
         key,
         salt=f"mochi.{purpose}",
@@ -272,7 +272,7 @@ def serializer(key: bytes, purpose: str) -> URLSafeTimedSerializer:
 
 
 def signed(serializer: URLSafeTimedSerializer, cookie: str | None) -> tuple[Any, float] | None:
-    """What was signed, and when (seconds since 1970); None for anything that was not."""
+    """The signed value and when it was signed (seconds since 1970); None if it is not valid."""
     if not cookie or len(cookie) > MAX_COOKIE or not cookie.isascii():
         return None
     try:
@@ -283,7 +283,7 @@ def signed(serializer: URLSafeTimedSerializer, cookie: str | None) -> tuple[Any,
 
 
 class Guard:
-    """The layer before all routes: finds the caller, and keeps strangers outside a closed door."""
+    """The layer in front of all routes: finds the caller, and refuses requests without one."""
 
     def __init__(self, app: ASGIApp, auth: Auth) -> None:
         self.app = app
@@ -308,7 +308,7 @@ class Guard:
             await self.app(scope, receive, send)
 
     def _let_in(self, connection: HTTPConnection, name: str) -> bool:
-        """Whether who came by that name would still come in."""
+        """Whether the caller of that name still has access."""
         caller = self._auth.caller(connection)
         return caller is not None and caller.name == name
 
@@ -320,8 +320,8 @@ class Guard:
             back = f"?job={job}" if JOB_ID.fullmatch(job) else ""
             await RedirectResponse(f"login{back}", 303)(scope, receive, send)
         else:
-            told = "log in at /login, or send the header Authorization: Bearer with the API token"
-            await refusal(401, told, www_authenticate="Bearer")(scope, receive, send)
+            detail = "log in at /login, or send the header Authorization: Bearer with the API token"
+            await refusal(401, detail, www_authenticate="Bearer")(scope, receive, send)
 
     def _welcoming(self, connection: HTTPConnection, send: Send) -> Send:
         async def sending(message: Message) -> None:
@@ -333,9 +333,9 @@ class Guard:
 
 
 class LoginRefused(Exception):
-    """Nobody is logged in, with this HTTP status; `retry` is in seconds."""
+    """A login was refused with this HTTP status; `retry` is in seconds."""
 
-    def __init__(self, status: int, told: str, retry: float = 0.0) -> None:
-        super().__init__(told)
+    def __init__(self, status: int, detail: str, retry: float = 0.0) -> None:
+        super().__init__(detail)
         self.status = status
         self.retry = retry

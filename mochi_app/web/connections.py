@@ -1,8 +1,8 @@
-"""Connections of clients: how many there may be, and how long one may say nothing.
+"""Limits on client connections: how many there may be, and how long one may stay silent.
 
-Whoever can reach the server can open connections, before any door, and each takes one of the files
-that a process may have open. uvicorn waits without end for the first request of a connection, and
-for the rest of one that has begun.
+Anyone who can reach the server can open connections, before authentication, and each takes one of
+the process's file descriptors. uvicorn waits forever for the first request of a connection, and for
+the rest of one that has begun.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import resource
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 20.0  # from the connection, or the answer before, until a request's head is whole
-MOST_FILES = 1 << 16  # asked for; some programs that we start might close all they could have open
-OPEN_MAX = 10240  # the most that macOS grants, whatever its "unlimited" says
-MOST_CONNECTIONS = 4096  # more than that are kept only while they are answered
+HEAD_SECONDS = 20.0  # from connecting, or the last response, until a request's head is complete
+MOST_FILES = 1 << 16  # requested; some child programs may close all descriptors they could have
+OPEN_MAX = 10240  # the most that macOS grants, even if it reports "unlimited"
+MOST_CONNECTIONS = 4096  # beyond this, connections are kept only while they are answered
 
 
 def allow_files() -> None:
-    """Let this process, and those it starts, have as many files open as the system grants."""
+    """Raise the limit of open files, for this process and its children, as far as allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for most in (MOST_FILES, OPEN_MAX):
         wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
         if soft == resource.RLIM_INFINITY or soft >= wanted:
             return
-        with contextlib.suppress(OSError, ValueError):  # it goes with fewer
+        with contextlib.suppress(OSError, ValueError):  # fewer will do
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             return
 
@@ -38,32 +38,32 @@ def most_connections() -> int:
 
 
 class Connection(H11Protocol):
-    """A connection that is closed when no whole request comes in time, or earlier to make room for
-    a new one if it has been silent the longest. Never while it is answered."""
+    """A connection that is closed if no complete request arrives in time, or earlier in favour of a
+    new one if it has been silent the longest. Never while it is answered."""
 
     _silent_since = 0.0  # loop.time()
 
     @property
     def _answered(self) -> bool:
-        """Whether an answer is under way."""
+        """Whether a request is being answered."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a request."""
+        """Start waiting for a request."""
         super().connection_made(transport)
         self._silent_since = self.loop.time()
         self._expect_request()
         if len(self.connections) > most_connections():
-            self._make_room()
+            self._drop_silent()
 
     def data_received(self, data: bytes) -> None:
-        """Take what came; what is no request yet gives no more time."""
-        super().data_received(data)  # it stops the clock
+        """Handle data; an incomplete request does not extend the time."""
+        super().data_received(data)  # it stops the timer
         if not self._answered and not self.transport.is_closing():
             self._expect_request()
 
     def on_response_complete(self) -> None:
-        """Begin to wait for the next request."""
+        """Start waiting for the next request."""
         self._silent_since = self.loop.time()
         super().on_response_complete()
 
@@ -72,7 +72,7 @@ class Connection(H11Protocol):
             self._silent_since + HEAD_SECONDS, self.timeout_keep_alive_handler
         )
 
-    def _make_room(self) -> None:
+    def _drop_silent(self) -> None:
         silent = (
             other
             for other in self.connections

@@ -1,21 +1,21 @@
-"""`GET /events`: live state as server-sent events, each page told what it named and no more.
+"""`GET /events`: live state as server-sent events, to each page only what it asked for.
 
-`?jobs=ID,ID` names the jobs that a page shows, `&pictures=ID` those of which it shows the picture
-so far. Its first event has the full views of these, each later one what has changed:
+`?jobs=ID,ID` names the jobs that a page shows, `&pictures=ID` those whose live picture it shows.
+The first event has their full views, each later one what has changed:
 
     {"now": 812.4, "pending": 1000, "held": 0, "processing": 1, "listed": 1001, "marked": 7,
      "slots": […], "jobs": […], "pictures": {ID: data URL}}
 
-`listed` grows when a job comes, goes, or goes to the trash and back, `marked` when any job's status
-or star changes: a page that lists jobs asks again. `slots` is there when it has changed. An entry
-of `jobs` is a job's whole progress, or its full view, which has a `prompt`, when more than that has
-changed; `gone` says that there is no such job (any more). `as_of` is when an `eta_seconds` was true
-on the clock of `now`: it is not told again while it runs down with the time.
+`listed` grows when a job is added, removed, or moved to the trash or back, `marked` when any job's
+status or star changes: a page that lists jobs then reloads the list. `slots` is present when it has
+changed. An entry of `jobs` is a job's whole progress, or its full view, which has a `prompt`, when
+more than that has changed; `gone` means that there is no such job, or no longer. `as_of` is when an
+`eta_seconds` was true on the clock of `now`: it is not sent again while it merely counts down.
 
-Without `jobs` one hears of the progress of whatever runs. With `hidden=true`, for a tab that nobody
-looks at, the stream ends after its first event and says when to ask again: a browser has few
-connections for one server, and such tabs hold none. Each event tells the state as it is by then: a
-job that changes twice between two of them is told of once.
+Without `jobs` the page gets the progress of all running jobs. With `hidden=true`, for a background
+tab, the stream ends after its first event and says when to reconnect: a browser has few connections
+per server, and such tabs hold none. Each event has the current state: a job that changes twice
+between two events is sent once.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from mochi_app.slots.pool import SupervisedSlot
 from mochi_app.studio.live import PROGRESS, is_news
 from mochi_app.studio.studio import Studio
 
-EVENT_SECONDS = 0.2  # at most so often a page hears of changes
-SECONDS_A_PAGE = 0.0005  # more, for each page that listens
-PAGE_BYTES = 10_000  # a second and page, whatever happens
-BURST_SECONDS = 1.0  # of these bytes may come at once
+EVENT_SECONDS = 0.2  # minimum between two events of a page
+SECONDS_A_PAGE = 0.0005  # added to it for each connected page
+PAGE_BYTES = 10_000  # per second and page, at most
+BURST_SECONDS = 1.0  # of these bytes may be sent at once
 MOST_PAUSE = 2.0  # seconds without an event, after a long one
 KEEPALIVE_SECONDS = 15.0
-HIDDEN_SECONDS = 15  # between two looks of a page that nobody sees
+HIDDEN_SECONDS = 15  # between two reconnects of a background tab
 MOST_NAMED = 64  # jobs; a page of the history shows 24, the panel two
-MOST_STREAMS = 768  # pages that may listen at a time
+MOST_STREAMS = 768  # pages that may be connected at a time
 STREAMS_OF_ADDRESS = 256  # of them, from one address
-RETRY_SECONDS = 10  # after which a page that was sent away may ask again
+RETRY_SECONDS = 10  # after which a refused page may retry
 PIECE_BYTES = 1 << 16  # written at a time: a page that does not read holds no more than two
 STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 SLOT_FIELDS = ("slot", "state", "detail", "job_id")
@@ -58,7 +58,7 @@ SLOT_FIELDS = ("slot", "state", "detail", "job_id")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a page asks to hear of; `jobs` is None for whatever runs."""
+    """What a page asks for; `jobs` is None for all running jobs."""
 
     jobs: tuple[str, ...] | None = None
     pictures: frozenset[str] = frozenset()
@@ -68,10 +68,10 @@ class Wanted:
     def parse(
         cls, jobs: Sequence[str] | None, pictures: Sequence[str] | None, hidden: bool
     ) -> Wanted:
-        """From query parameters, each a list of ids with commas between them.
+        """From query parameters, each a list of comma-separated ids.
 
         Raises:
-            RequestError: that is not what was given, or they are too many.
+            RequestError: a value is not such a list, or there are too many ids.
         """
         named = None if jobs is None else parse_ids("jobs", jobs)
         shown = parse_ids("pictures", pictures or ())
@@ -84,7 +84,7 @@ def parse_ids(name: str, values: Sequence[str]) -> tuple[str, ...]:
     """The ids of a query parameter, each once.
 
     Raises:
-        RequestError: one has not the form of an id, or they are too many.
+        RequestError: one is not an id, or there are too many.
     """
     expected = f"at most {MOST_NAMED} ids of jobs, with commas between them"
     found = dict.fromkeys(part for value in values for part in value.split(",") if part)
@@ -98,33 +98,33 @@ def parse_ids(name: str, values: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass
 class Part:
-    """A piece of JSON that is sent to many, and the look at which it last changed."""
+    """A piece of JSON that is sent to many pages, and the look (by number) that last changed it."""
 
     text: bytes = b""
     changed_at: int = 0
 
     def put(self, value: Any, look: int) -> None:
-        """Take over the newest value."""
+        """Set the newest value."""
         text = orjson.dumps(value)
         if text != self.text:
             self.text, self.changed_at = text, look
 
 
-class Told:
-    """One job as pages are told of it, serialised once for all of them."""
+class JobFeed:
+    """One job as it is sent to pages, serialised once for all of them."""
 
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
-        self.pages = 0  # that named it
+        self.pages = 0  # pages that named it
         self.gone = False
         self.record, self.progress, self.picture = Part(), Part(), Part()
-        self._ended: tuple[Job, bool] | None = None  # the ended job that is told, its video there
+        self._ended: tuple[Job, bool] | None = None  # the ended job as sent, whether it has a video
         self._progress: dict[str, Any] = {"eta_seconds": None}
         self._as_of = 0.0
-        self._view, self._viewed_at = b"", -1  # both as one, as of this look
+        self._view, self._viewed_at = b"", -1  # both merged, as of this look
 
-    def look(self, job: Job | None, studio: Studio, look: int, now: float) -> None:
-        """See what has changed by the look of that number; `job` is None when it is gone."""
+    def update(self, job: Job | None, studio: Studio, look: int, now: float) -> None:
+        """Update to the state at look number `look`; `job` is None if it is gone."""
         self.gone = job is None
         if job is None:
             self._ended, self.picture = None, Part()
@@ -149,7 +149,7 @@ class Told:
             self.progress.put(progress | {"as_of": round(now, 1)}, look)
 
     def news(self, since: int) -> bytes:
-        """What has changed after a look, as a JSON object; nothing if nothing has."""
+        """What has changed since a look, as a JSON object; empty if nothing has."""
         latest = max(self.record.changed_at, self.progress.changed_at)
         if self.record.changed_at <= since:
             return self.progress.text if latest > since else b""
@@ -161,22 +161,23 @@ class Told:
 
 
 class EventFeed:
-    """The live state: looked at once for all pages, each of which is sent what it named.
+    """The live state: read once for all pages, each of which is sent what it named.
 
-    No address has more than a third of the pages that may listen: a client has one of IPv4 and one
-    of IPv6, and leaves a third to the others. That is 256, not fewer, as behind a proxy that is not
-    trusted (`MOCHI_TRUSTED_PROXIES`) everybody has one address: fifty people with five tabs each.
+    No address may hold more than a third of the streams: a client may have an IPv4 and an IPv6
+    address, and leaves a third to the others. The limit is 256, not fewer, because behind a proxy
+    that is not trusted (`MOCHI_TRUSTED_PROXIES`) everybody has the same address: fifty people with
+    five tabs each.
     """
 
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
-        self._open: Counter[str] = Counter()  # pages that listen, by address
-        self._told: dict[str, Told] = {}  # jobs that are named or run
+        self._open: Counter[str] = Counter()  # connected pages, by address
+        self._jobs: dict[str, JobFeed] = {}  # jobs that are named or running
         self._counts, self._slots = Part(), Part()
         self._began = time.monotonic()
         self._looks = 0
         self._looked_at = -math.inf
-        self._beats = -1  # of `studio.changed`, that the last look has seen
+        self._beats = -1  # the count of `studio.changed` at the last look
 
     @property
     def _interval(self) -> float:
@@ -185,15 +186,17 @@ class EventFeed:
 
     @contextlib.contextmanager
     def seat(self, address: str) -> Iterator[None]:
-        """A place among the pages that listen.
+        """Reserve one of the streams.
 
         Raises:
-            HTTPException: there is none, for this address (429) or for anybody (503).
+            HTTPException: none is left for this address (429) or for anybody (503).
         """
         later = {"retry-after": str(RETRY_SECONDS)}
         if self._open[address] >= STREAMS_OF_ADDRESS:
-            told = f"{STREAMS_OF_ADDRESS} pages of your address listen already: close some of them"
-            raise HTTPException(429, told, later)
+            detail = (
+                f"{STREAMS_OF_ADDRESS} pages of your address listen already: close some of them"
+            )
+            raise HTTPException(429, detail, later)
         if self._open.total() >= MOST_STREAMS:
             raise HTTPException(503, f"{MOST_STREAMS} pages listen already: try again later", later)
         self._open[address] += 1
@@ -204,27 +207,27 @@ class EventFeed:
 
     @contextlib.contextmanager
     def naming(self, wanted: Wanted) -> Iterator[None]:
-        """Have the jobs that a page names looked at, as long as it listens."""
+        """Keep the jobs that a page names up to date while it is connected."""
         named = wanted.jobs or ()
         for job_id in named:
-            told = self._told.get(job_id)
-            if told is None:
-                told = self._told[job_id] = Told(job_id)
-                told.look(self._job(job_id), self._studio, self._looks, self._now)
-            told.pages += 1
+            feed = self._jobs.get(job_id)
+            if feed is None:
+                feed = self._jobs[job_id] = JobFeed(job_id)
+                feed.update(self._job(job_id), self._studio, self._looks, self._now)
+            feed.pages += 1
         try:
             yield
         finally:
             for job_id in named:
-                self._told[job_id].pages -= 1
+                self._jobs[job_id].pages -= 1
 
     @property
     def _now(self) -> float:
-        """Seconds on the clock by which pages are told of times."""
+        """Seconds on the clock that times in events refer to."""
         return time.monotonic() - self._began
 
     def _look(self) -> None:
-        """See what has changed, unless somebody has just looked: ETAs age without a word."""
+        """Read what has changed, unless that was just done; also without a beat, as ETAs age."""
         studio, now = self._studio, self._now
         age = now - self._looked_at
         changed = studio.changed.count != self._beats
@@ -233,13 +236,13 @@ class EventFeed:
         self._looked_at, self._beats = now, studio.changed.count
         self._looks += 1
         alive = studio.live.jobs.keys()
-        for job_id in alive - self._told.keys():
-            self._told[job_id] = Told(job_id)
-        for told in list(self._told.values()):
-            if told.pages or told.job_id in alive:
-                told.look(self._job(told.job_id), studio, self._looks, now)
+        for job_id in alive - self._jobs.keys():
+            self._jobs[job_id] = JobFeed(job_id)
+        for feed in list(self._jobs.values()):
+            if feed.pages or feed.job_id in alive:
+                feed.update(self._job(feed.job_id), studio, self._looks, now)
             else:
-                del self._told[told.job_id]
+                del self._jobs[feed.job_id]
         history = studio.history
         held = history.held()
         counts = {
@@ -253,7 +256,7 @@ class EventFeed:
         self._slots.put([self._slot(supervised) for supervised in studio.pool.slots], self._looks)
 
     def _slot(self, supervised: SupervisedSlot) -> dict[str, Any]:
-        """A slot as pages show it; what counts down is told as a time, so as not to change."""
+        """A slot as pages show it; a countdown is sent as a time, which does not change."""
         slot = supervised.describe()
         at = supervised.retry_at
         retry = {"retry_at": None if at is None else round(at - self._began, 1)}
@@ -264,25 +267,25 @@ class EventFeed:
         job = self._studio.history.get(job_id)
         return job if job is not None and job.deleted_at is None else None
 
-    def _told_to(self, wanted: Wanted) -> list[Told]:
-        """The jobs that a page is told of. Were there some that its caller may not see, they would
-        be left out here."""
+    def _feeds_of(self, wanted: Wanted) -> list[JobFeed]:
+        """The jobs that are sent to a page. Jobs that its caller may not see, if there were any,
+        would be left out here."""
         if wanted.jobs is not None:
-            return [self._told[job_id] for job_id in wanted.jobs]
-        alive = (self._told.get(job_id) for job_id in self._studio.live.jobs)
-        return [told for told in alive if told is not None and not told.gone]
+            return [self._jobs[job_id] for job_id in wanted.jobs]
+        alive = (self._jobs.get(job_id) for job_id in self._studio.live.jobs)
+        return [feed for feed in alive if feed is not None and not feed.gone]
 
     def _event(self, wanted: Wanted, since: int) -> bytes:
-        """What has changed after a look for one page, as an event; nothing if nothing has."""
-        told = self._told_to(wanted)
+        """What has changed since a look for one page, as an event; empty if nothing has."""
+        feeds = self._feeds_of(wanted)
         if wanted.jobs is None:
-            parts = (one.progress for one in told)
+            parts = (one.progress for one in feeds)
             jobs = [part.text for part in parts if part.changed_at > since]
         else:
-            jobs = [text for one in told if (text := one.news(since))]
+            jobs = [text for one in feeds if (text := one.news(since))]
         pictures = [
             b'"%b":%b' % (one.job_id.encode(), one.picture.text)
-            for one in told
+            for one in feeds
             if one.job_id in wanted.pictures and one.picture.changed_at > since and one.picture.text
         ]
         slots = self._slots.text if self._slots.changed_at > since else b""
@@ -299,11 +302,11 @@ class EventFeed:
 
     @property
     def _head(self) -> bytes:
-        """The beginning of an event, which every one has."""
+        """The beginning of every event."""
         return b'data: {"now":%.1f,%b' % (self._now, self._counts.text[1:-1])
 
     async def stream(self, wanted: Wanted) -> AsyncIterator[bytes]:
-        """Server-sent events until the client or the server goes. Inside `naming(wanted)`."""
+        """Server-sent events until the client or the server is gone. Inside `naming(wanted)`."""
         if wanted.hidden:
             yield b"retry: %d\n" % (HIDDEN_SECONDS * 1000)
         since, spoke_at, free_at = -1, -math.inf, 0.0
@@ -331,8 +334,8 @@ class EventFeed:
 
 
 class Listening(StreamingResponse):
-    """The stream of a feed. It has its seat from before its first byte until its client is gone,
-    so that pages which come in one moment are counted one by one."""
+    """The stream of a feed. It holds its seat from before its first byte until its client is gone,
+    so that pages that connect at the same moment are counted one by one."""
 
     def __init__(
         self,

@@ -1,11 +1,11 @@
-"""Gradio's queue, made to outlast what would stop it or fill the memory.
+"""Gradio's queue, hardened against what would stop it or fill the memory.
 
 `gradio.queueing.Queue` (6.31) keeps the answers of each session until they are read, in a map of
-2000 that drops its oldest entry, whether somebody waits for it or not; entries are never removed,
-read or unread, and a message to a session that was dropped ends the loop that sends it. Here a lost
-session costs its own client only, what was read is removed, what nobody reads is bounded, and a
-loop that ends is started again: what runs goes on, what waits still waits. How many sessions there
-may be is decided elsewhere (`unread.py`).
+2000 that drops its oldest entry even if somebody waits for it; entries are never removed, read or
+unread, and a message to a dropped session ends the loop that sends it. Here a lost session affects
+only its own client, answers are removed once read, unread ones are bounded, and a loop that ends is
+restarted: running events continue, waiting ones keep waiting. How many sessions there may be is
+decided elsewhere (`unread.py`).
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ log = logging.getLogger(__name__)
 
 MOST_SESSIONS = 1500  # well below the 2000 at which Gradio drops sessions that somebody waits for
 MOST_EVENTS = 128  # answers of one session that wait to be read
-MOST_MESSAGES = 256  # of one session; a job that is watched sends about one a second
-MOST_STATES = 64  # sessions whose `gr.State` is kept. Nothing here has any, and each takes 140 KB
-STEADY_SECONDS = 1.0  # a loop that runs so long is well again
-FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0  # seconds before a loop is started again
+MOST_MESSAGES = 256  # of one session; a watched job sends about one a second
+MOST_STATES = 64  # sessions whose `gr.State` is kept. Nothing here uses any, and each takes 140 KB
+STEADY_SECONDS = 1.0  # a loop that runs this long has recovered
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0  # seconds before a loop is restarted
 NEWS = (ServerMessage.estimation, ServerMessage.progress, ServerMessage.heartbeat)
 
 
 class StudioQueue(Queue):
-    """The queue of one `gr.Blocks`; see the module."""
+    """The queue of one `gr.Blocks`; see the module docstring."""
 
     def __init__(self, blocks: gr.Blocks, *, max_threads: int, update_seconds: float) -> None:
-        """`max_threads` events run at a time; those that wait hear every `update_seconds`."""
+        """`max_threads` events run at a time; waiting ones are updated every `update_seconds`."""
         self._closed = False
         super().__init__(
             live_updates=False,
@@ -54,15 +54,15 @@ class StudioQueue(Queue):
 
     @property
     def problem(self) -> str | None:
-        """Why the queue does not do its work at the moment."""
+        """Why the queue is not working at the moment."""
         return "; ".join(self._problems.values()) or None
 
     # Loops
 
     @property
     def stopped(self) -> bool:
-        """Whether the queue is closed for good. Gradio's loop sets this when it ends, and every
-        reader would be told that the server stopped; ours is started again."""
+        """Whether the queue is closed for good. Gradio's loop sets this when it ends, which would
+        tell every reader that the server stopped; ours is restarted."""
         return self._closed
 
     @stopped.setter
@@ -87,13 +87,13 @@ class StudioQueue(Queue):
         ]
 
     def restart(self, reason: str) -> None:
-        """End the loops, so that they are started again."""
+        """End the loops, so that they are restarted."""
         log.error("Gradio's queue is restarted: %s", reason)
         for loop in self._loops.values():
             loop.cancel(reason)
 
     async def _keep(self, name: str, loop: Callable[[], Awaitable[None]]) -> None:
-        """Run one loop for ever."""
+        """Run one loop forever."""
         pause = FIRST_PAUSE
         while not self._closed:
             task = self._loops[name] = asyncio.ensure_future(loop())
@@ -115,12 +115,12 @@ class StudioQueue(Queue):
             self._reclaim()
 
     def _cancel_asyncio_tasks(self) -> None:
-        """Gradio's way to take all that runs along when its loop ends; here it goes on."""
+        """Gradio cancels all running events when its loop ends; here they continue."""
 
     async def process_events(
         self, events: list[Event], batch: bool, begin_time: float, fn: BlockFunction
     ) -> None:
-        """Run events; remembered, so that those which a dying loop lost are told apart."""
+        """Run events, recording them so that `_reclaim` can tell which ones a loop lost."""
         ids = {event._id for event in events}
         self._begun |= ids
         try:
@@ -129,7 +129,7 @@ class StudioQueue(Queue):
             self._begun -= ids
 
     def _reclaim(self) -> None:
-        """Put back what a loop took from the queue and did not start before it ended."""
+        """Requeue events that a loop took from the queue but did not start before it ended."""
         for place, events in enumerate(self.active_jobs):
             if events and events[0]._id not in self._begun:
                 self.active_jobs[place] = None
@@ -143,13 +143,13 @@ class StudioQueue(Queue):
             running = [jobs for jobs in self.active_jobs if jobs and jobs[0].concurrency_id == name]
             queue.current_concurrency = len(running)
 
-    # Sessions: who is owed which answers
+    # Sessions: which answers each is still to get
 
     async def push(self, body: Any, request: Any, username: str | None) -> Any:
-        """Take in an event; Gradio's answer.
+        """Queue an event; returns Gradio's answer.
 
         Raises:
-            HTTPException: 429, its session has too many answers that wait to be read.
+            HTTPException: 429, its session has too many unread answers.
         """
         owed = len(self.pending_event_ids_session.get(body.session_hash, ()))
         if owed >= MOST_EVENTS:
@@ -162,10 +162,11 @@ class StudioQueue(Queue):
         return await super().push(body, request, username)
 
     def send_message(self, event: Event, event_message: EventMessage) -> None:
-        """Put a message where its client reads it; nowhere when that is gone.
+        """Put a message into its session's box; drop it if that is gone.
 
-        With a full box, news is left out and a result is the last message of its event: whoever
-        reads later learns that it came too late. Jobs are not touched by that.
+        When the box is full, progress news is dropped, and other messages are replaced by a final
+        error, except an event's result: a late reader learns that it missed some. Jobs are not
+        affected.
         """
         box = self.pending_messages_per_session.get(event.session_hash)
         if box is None or not event.alive:
@@ -182,7 +183,7 @@ class StudioQueue(Queue):
 
     @property
     def sessions(self) -> int:
-        """How many sessions are owed an answer, read at the moment or not."""
+        """How many sessions are owed an answer, whether or not it is being read."""
         return len(self.pending_messages_per_session)
 
     def session_of(self, event_id: str) -> str | None:
@@ -198,7 +199,7 @@ class StudioQueue(Queue):
     def settle(self, session: str) -> bool:
         """After a stream of the session ended: forget the session if it is owed nothing more.
 
-        Gradio never does. Returns whether it is forgotten.
+        Gradio never does. Returns whether the session was forgotten.
         """
         owed = self.pending_event_ids_session.get(session, set())
         events = [self.event_ids_to_events.get(event_id) for event_id in owed]
@@ -210,8 +211,8 @@ class StudioQueue(Queue):
         return True
 
     def forget(self, session: str) -> None:
-        """Owe the session nothing. What runs for it ends at its next result; what waits runs all
-        the same, since somebody asked for it."""
+        """Drop all the session's answers. Its running events end at their next result; waiting
+        ones still run, since somebody requested them."""
         for events in self.active_jobs:
             for event in events or ():
                 if event.session_hash == session:

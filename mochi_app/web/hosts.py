@@ -1,8 +1,8 @@
-"""Under which names and which path this server is asked.
+"""The host names and the path prefix under which this server answers.
 
-A page of any site can give its own name this machine's address once it is open (DNS rebinding), and
-is then same-origin with the server. Only the `Host` header tells, so a server without a login
-answers under those names only that nobody else can own, and those that its settings name.
+Once open, a page of any site can point its own name to this machine's address (DNS rebinding), and
+is then same-origin with the server. Only the `Host` header shows it, so a server without a login
+answers only under names that nobody else can own, and those in its settings.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from mochi_app.setting_types import HOST_NAME
 from mochi_app.settings import SettingsError
 from mochi_app.web.middleware import explained_refusal
 
-PROBES = frozenset({"/livez", "/healthz"})  # monitors ask by whatever name they have
+PROBES = frozenset({"/livez", "/healthz"})  # monitors may use any name
 UNSERVED = "mochi.unserved"  # in the scope of a probe under a host that is not served
-LOCAL_SUFFIXES = (".local", ".lan", ".internal")  # that no registry gives away
+LOCAL_SUFFIXES = (".local", ".lan", ".internal")  # not sold by any registry
 HOST_HEADER = re.compile(
     rf"(?:(?P<name>{HOST_NAME})\.?|\[(?P<ipv6>[0-9a-f:.]+)\])(?::[0-9]{{0,5}})?"
 )
@@ -36,8 +36,8 @@ MOST_CHARACTERS = 261  # of a Host header: a name's 253, a dot, brackets or a po
 
 
 def host_name(header: str) -> str | None:
-    """The host in a `Host` header: lower case, without port, brackets and final dot. None when the
-    header is none."""
+    """The host in a `Host` header: lower case, without port, brackets and final dot. None if the
+    header is not valid."""
     found = HOST_HEADER.fullmatch(header.lower()) if len(header) <= MOST_CHARACTERS else None
     if found is None:
         return None
@@ -59,22 +59,22 @@ def is_address(name: str) -> bool:
 class ServedHosts:
     """The hosts under which a server without a login answers.
 
-    These are localhost, IP addresses, names without a dot, those of `LOCAL_SUFFIXES`, the machine's
-    own names, those of a Space and of the public address, and what is `allowed`: names, `*.name`
-    for all below a name, `*` for all.
+    These are localhost, IP addresses, names without a dot, names ending in `LOCAL_SUFFIXES`, the
+    machine's own names, those of a Space and of the public address, and the `allowed` ones: names,
+    `*.name` for all below a name, `*` for all.
     """
 
     def __init__(
         self, allowed: Iterable[str] = (), public_host: str | None = None, space_host: str = ""
     ) -> None:
-        """`space_host` is the variable SPACE_HOST: names with commas between them."""
+        """`space_host` is the variable SPACE_HOST: comma-separated names."""
         self._allowed = frozenset(allowed)
         named = [socket.gethostname(), public_host or "", *space_host.split(",")]
         self._own = {host_name(name.strip()) for name in named}
         self._full_name: asyncio.Task[str] | None = None
 
     async def serve(self, header: str) -> bool:
-        """Whether they have the host of this header."""
+        """Whether the host in this header is served."""
         name = host_name(header)
         if name is None:
             return False
@@ -86,29 +86,29 @@ class ServedHosts:
         return not self._allowed.isdisjoint((name, "*", *parents))
 
     async def _is_full(self, name: str) -> bool:
-        """Whether it is the machine's full name. DNS may be slow: it is asked once, when needed."""
+        """Whether it is the machine's full name. DNS may be slow: it is queried once, on demand."""
         if self._full_name is None:
             self._full_name = asyncio.create_task(asyncio.to_thread(full_name))
         return name == host_name(await asyncio.shield(self._full_name))
 
 
 def full_name() -> str:
-    """The machine's name with its domain, or nothing."""
+    """The machine's name with its domain; empty if unknown."""
     with contextlib.suppress(OSError, UnicodeError):
         return socket.getfqdn()
     return ""
 
 
 class OwnHost:
-    """Refuses requests under a host that is not served, with 421, but for the probes.
+    """Refuses requests for a host that is not served with 421, except to the probes.
 
-    `X-Forwarded-Host` counts when it comes from a trusted proxy; then all hosts that it names must
-    be served, too: a proxy may have passed on a caller's claim.
+    `X-Forwarded-Host` counts if it comes from a trusted proxy; then all hosts in it must be served,
+    too, since a proxy may have passed on a caller's claim.
     """
 
     def __init__(self, app: ASGIApp, hosts: ServedHosts, trusted_proxies: str = "") -> None:
-        """`trusted_proxies` is the setting of this name; the layer stands outside of whatever puts
-        the address of `X-Forwarded-For` in the place of the proxy's."""
+        """`trusted_proxies` is the setting of this name; this layer must be outside the one that
+        replaces the proxy's address by that of `X-Forwarded-For`."""
         self.app = app
         self._hosts = hosts
         proxies = [part.strip() for part in trusted_proxies.split(",") if part.strip()]
@@ -138,7 +138,7 @@ class OwnHost:
         forwarded = ",".join(headers.getlist("x-forwarded-host") if self._trusts(scope) else ())
         for host in (own[0], *filter(None, map(str.strip, forwarded.split(",")))):
             if not await self._hosts.serve(host):
-                return told_of_host(host)
+                return unserved_reason(host)
         return None
 
     def _trusts(self, scope: Scope) -> bool:
@@ -151,8 +151,8 @@ class OwnHost:
         return any(address in network for network in self._trusted)
 
 
-def told_of_host(host: str) -> str:
-    """Why a host is not served, and what to do when it should be."""
+def unserved_reason(host: str) -> str:
+    """Why a host is not served, and what to do if it should be."""
     name = host_name(host)
     if name is None:
         return f"Expected a Host header that names a host, got {host!r}."
@@ -165,7 +165,7 @@ def told_of_host(host: str) -> str:
 
 @dataclass(frozen=True)
 class RootPath:
-    """What GRADIO_ROOT_PATH says: the path, without a slash at its end, and the host, if any."""
+    """The value of GRADIO_ROOT_PATH: the path, without a trailing slash, and the host, if any."""
 
     value: str
     path: str
@@ -194,7 +194,7 @@ def root_path() -> RootPath:
 
 
 class UnderPrefix:
-    """Takes the prefix off a request's path where the proxy has not."""
+    """Strips the prefix from a request's path if the proxy has not."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
         self.app = app
@@ -204,7 +204,7 @@ class UnderPrefix:
         path = scope["path"] if scope["type"] == "http" else ""
         if path == self._prefix:
             query = scope["query_string"].decode("latin-1")
-            page = f"{path.rsplit('/', 1)[1]}/{query and '?'}{query}"  # the proxy may have more
+            page = f"{path.rsplit('/', 1)[1]}/{query and '?'}{query}"  # the proxy may add a prefix
             await RedirectResponse(page)(scope, receive, send)
         elif path.startswith(f"{self._prefix}/"):
             await self.app({**scope, "path": path.removeprefix(self._prefix)}, receive, send)

@@ -1,5 +1,4 @@
-"""The form of a login: its page, and its fields as browsers, Gradio's clients and scripts send
-them."""
+"""The login form: its page, and its fields as browsers, Gradio's clients and scripts send them."""
 
 from __future__ import annotations
 
@@ -19,15 +18,15 @@ from mochi_app.web.auth import Auth, LoginRefused, is_stranger
 from mochi_app.web.middleware import MULTIPART_FORM, media_type
 
 MAX_FIELDS = 8
-MAX_FIELD_BYTES = 8 << 10  # more than the longest password has
+MAX_FIELD_BYTES = 8 << 10  # more than the longest password
 NEEDED = ("username", "password")
 LOGIN_PAGE = string.Template((Path(__file__).parent / "login.html").read_text(encoding="utf-8"))
 
 
 async def read_form(request: Request) -> dict[str, str]:
-    """The fields of the request's form, the first of a name winning; none when it is no form.
+    """The fields of the request's form, the first of each name; empty if there is no form.
 
-    Gradio's JavaScript client sends multipart/form-data, all others send it urlencoded.
+    Gradio's JavaScript client sends multipart/form-data, all others urlencoded forms.
 
     Raises:
         LoginRefused: it is multipart and malformed, has a file, or lacks name or password.
@@ -44,11 +43,11 @@ async def read_form(request: Request) -> dict[str, str]:
                     raise LoginRefused(415, f"{name[:80]!a} is a file: a login takes none")
                 fields.setdefault(name, value[: MAX_PASSWORD + 1])
     except HTTPException as error:
-        told = f"the form cannot be read as {MULTIPART_FORM}: {error.detail}"
-        raise LoginRefused(400, told) from None
-    except ValueError:  # of codecs that are no charsets, which Starlette tries as well
-        told = f"the form cannot be read as {MULTIPART_FORM}: expected text in UTF-8"
-        raise LoginRefused(400, told) from None
+        detail = f"the form cannot be read as {MULTIPART_FORM}: {error.detail}"
+        raise LoginRefused(400, detail) from None
+    except ValueError:  # from codecs that are not charsets, which Starlette tries as well
+        detail = f"the form cannot be read as {MULTIPART_FORM}: expected text in UTF-8"
+        raise LoginRefused(400, detail) from None
     if missing := [name for name in NEEDED if name not in fields]:
         raise LoginRefused(400, f"the form has no field {' and no field '.join(missing)}")
     return fields
@@ -64,14 +63,14 @@ def parse_form(body: bytes) -> dict[str, str]:
 
 
 def page_url(job: str) -> str:
-    """The page, with the job that was asked for; relative, as the app may live under a prefix."""
+    """URL of the page, with the requested job; relative, as the app may be under a prefix."""
     return f"./?job={job}" if JOB_ID.fullmatch(job) else "./"
 
 
 def login_page(
     job: str, problem: str = "", status: int = 200, headers: dict[str, str] | None = None
 ) -> HTMLResponse:
-    """The form, with what went wrong."""
+    """The form, with the problem of the last attempt."""
     text = LOGIN_PAGE.substitute(
         job=html.escape(job if JOB_ID.fullmatch(job) else ""),
         problem=html.escape(problem),
@@ -81,12 +80,12 @@ def login_page(
 
 
 def add_login(app: FastAPI, auth: Auth) -> None:
-    """Put /login and /logout onto the parent app; before Gradio, which has its own."""
+    """Add /login and /logout to the parent app; before Gradio, which has its own."""
     router = APIRouter()
 
     @router.api_route("/login", methods=["GET", "HEAD"])
     async def show(request: Request, job: str = "") -> Response:
-        """The form; for whom it is not, the page itself."""
+        """The form; redirects to the page if no login is needed."""
         if not is_stranger(request):
             return RedirectResponse(page_url(job), 303)
         return login_page(job)
@@ -114,7 +113,7 @@ def add_login(app: FastAPI, auth: Auth) -> None:
 
     @router.api_route("/logout", methods=["GET", "POST"])
     async def log_out(request: Request) -> Response:
-        """End the login, and let the browser forget it."""
+        """End the login and delete its cookie."""
         await auth.log_out(request)
         answer = RedirectResponse("login" if auth.closed else "./", 303)
         answer.delete_cookie(auth.login_cookie, httponly=True, samesite="lax")

@@ -1,7 +1,7 @@
-"""How long an answer goes on: no longer than its caller is let in.
+"""Revocation: an open response ends when its caller loses access.
 
-A stream of events has no end of its own, and a login can: by a logout, with its account or
-password, or with time.
+An event stream does not end by itself, but a login can: by a logout, by the removal of its account,
+by a new password, or by expiry.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 
-TOLD = "the login ended: log in again"
-LOOK_SECONDS = 5.0  # between two looks whether the caller of an open answer is still let in
+DETAIL = "the login ended: log in again"
+CHECK_SECONDS = 5.0  # between two checks whether the caller of an open response still has access
 
 
 async def while_let_in(
     let_in: Callable[[], bool], app: ASGIApp, scope: Scope, receive: Receive, send: Send
 ) -> bool:
-    """Answer a request that changes nothing, and break the answer off once `let_in()` is false.
+    """Answer a request that changes nothing, and cut the response off once `let_in()` is false.
 
-    A stream then ends as others do, those of Gradio with an error that its clients raise. A body
-    whose length was told is cut off: the server closes its connection. Returns whether there is an
-    answer; without one it is left to whoever calls.
+    A stream then ends normally, Gradio's with an error that its clients raise. A body with a
+    Content-Length is truncated: the server closes its connection. Returns whether a response was
+    started; if not, the caller must send one.
     """
     begun = whole = counted = False
 
     async def sending(message: Message) -> None:
         nonlocal begun, whole, counted
         if stay.expired():
-            return  # Gradio tells what its cancelled task was
+            return  # Gradio reports its cancelled task
         if message["type"] == "http.response.start":
             begun, counted = True, "content-length" in Headers(raw=message["headers"])
         elif message["type"] == "http.response.body":
@@ -44,7 +44,7 @@ async def while_let_in(
 
     async def watch() -> None:
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(CHECK_SECONDS)
             if not let_in():
                 stay.reschedule(asyncio.get_running_loop().time())
                 return
@@ -71,7 +71,8 @@ async def while_let_in(
 def last_words(path: str) -> bytes:
     """The error at the end of a stream of Gradio's queue, in the form that its readers expect."""
     if path.startswith("/gradio_api/queue/data"):
-        return b"data: " + orjson.dumps(UnexpectedErrorMessage(message=TOLD).model_dump()) + b"\n\n"
+        message = UnexpectedErrorMessage(message=DETAIL)
+        return b"data: " + orjson.dumps(message.model_dump()) + b"\n\n"
     if path.startswith("/gradio_api/call/"):
-        return b"event: error\ndata: " + orjson.dumps(TOLD) + b"\n\n"
+        return b"event: error\ndata: " + orjson.dumps(DETAIL) + b"\n\n"
     return b""

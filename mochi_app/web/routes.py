@@ -1,6 +1,6 @@
-"""Plain HTTP routes beside Gradio's: probes, metrics, live events, files.
+"""Plain HTTP routes besides Gradio's: probes, metrics, live events, files.
 
-A file is found by its job's id alone; no path ever comes from a caller.
+A file is found by its job's id alone; no path is ever taken from a caller.
 """
 
 from __future__ import annotations
@@ -29,25 +29,24 @@ from mochi_app.web.throttle import address_of
 
 log = logging.getLogger(__name__)
 
-OPENLY = ("slot", "state")  # what /healthz tells of a slot to strangers
-READS = ["GET", "HEAD"]  # the server leaves the body of a HEAD out
+OPENLY = ("slot", "state")  # the fields of a slot that /healthz shows without a login
+READS = ["GET", "HEAD"]  # the server omits the body for HEAD
 
 
 def add_routes(app: FastAPI, studio: Studio) -> None:
-    """Put the routes onto the parent app; before Gradio is mounted at its root."""
+    """Add the routes to the parent app, before Gradio is mounted at its root."""
     router = APIRouter()
     feed = EventFeed(studio)
 
     @router.api_route("/livez", methods=READS)
     async def livez() -> PlainTextResponse:
-        """The process answers."""
+        """200 while the process responds."""
         return PlainTextResponse("ok\n")
 
     @router.api_route("/healthz", methods=READS)
     async def healthz(request: Request) -> JSONResponse:
-        """200 when a video could be made now, else 503 with the reasons. Who has not logged in
-        where one has to, or asks under a host that is not served, gets no more of the slots than
-        their state."""
+        """200 if a video can be made now, else 503 with the reasons. Without a required login, or
+        for a host that is not served, only the state of each slot is shown."""
         health = studio.health()
         if is_stranger(request) or UNSERVED in request.scope:
             health["slots"] = [{name: slot[name] for name in OPENLY} for slot in health["slots"]]
@@ -55,7 +54,7 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
 
     @router.api_route("/metrics", methods=READS)
     async def metrics() -> Response:
-        """Prometheus text."""
+        """Metrics as Prometheus text."""
         text = await asyncio.to_thread(studio.metrics.text)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
@@ -66,8 +65,8 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
         pictures: Annotated[list[str] | None, Query()] = None,
         hidden: bool = False,
     ) -> Listening:
-        """The live state as server-sent events (`events.py`); 400 when the jobs cannot be told of,
-        429 or 503 when too many listen."""
+        """The live state as server-sent events (`events.py`); 400 for invalid parameters, 429 or
+        503 if too many pages are connected."""
         try:
             wanted = Wanted.parse(jobs, pictures, hidden)
         except RequestError as error:
@@ -76,18 +75,18 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
 
     @router.head("/events")
     async def events_head() -> Response:
-        """What the stream is; it takes no seat."""
+        """The headers of the stream, without reserving one."""
         return Response(media_type="text/event-stream", headers=STREAM_HEADERS)
 
     @router.api_route("/files/{job_id}", methods=READS)
     async def video(job_id: str, download: bool = False) -> FileResponse:
-        """The job's MP4; answers Range."""
+        """The job's MP4; supports Range."""
         view = found(studio, job_id)
         with disk_errors():
             path = studio.media.video_path(job_id)
         if path is None and view["evicted_at"] is None:
             log.error("job %s: its video is gone from the disk", job_id)
-            studio.changed.beat()  # its view says so from now on
+            studio.changed.beat()  # its view has changed
         return file_response(path, "video/mp4", download)
 
     @router.api_route("/files/{job_id}/poster", methods=READS)
@@ -100,7 +99,7 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
 
     @router.api_route("/gradio_api/file={path:path}", methods=READS)
     async def gradio_file(path: str) -> FileResponse:
-        """A video by the path that Gradio's clients were told. The path is not opened: it names a
+        """A video by the path that Gradio's clients were given. The path is not opened: it names a
         job's video or nothing."""
         folder, _, name = path.rpartition("/")
         job_id = name.removesuffix(".mp4")
@@ -112,10 +111,10 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
 
 
 def explain_bad_calls(app: FastAPI) -> None:
-    """Answer a call that does not fit its endpoint with what is wrong, not with 500.
+    """Answer an invalid call of an endpoint with what is wrong, not with 500.
 
-    Gradio's `/call/v2/<name>` lets the errors of its own argument check through, and others those
-    of looking up a page by its name, a function or a component by its number.
+    Gradio's `/call/v2/<name>` does not handle the errors of its own argument check, and other
+    routes not those of looking up a page by name, or a function or component by number.
     """
 
     async def explain(request: Request, error: Exception) -> Response:
@@ -151,16 +150,16 @@ def found(studio: Studio, job_id: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
-    """Answer an error of the disk with HTTP 503 and its reason."""
+    """Answer a disk error with HTTP 503 and its reason."""
     try:
         yield
     except OSError as error:
-        told = f"the file cannot be read now: {reason_of(error)}"
-        raise HTTPException(503, told, {"retry-after": str(RETRY_SECONDS)}) from error
+        detail = f"the file cannot be read now: {reason_of(error)}"
+        raise HTTPException(503, detail, {"retry-after": str(RETRY_SECONDS)}) from error
 
 
 def file_response(path: Any, media_type: str, download: bool) -> FileResponse:
-    """The file, to be asked for again each time: a deleted one must not live on in a cache."""
+    """The file, to be revalidated each time: a deleted one must not survive in a cache."""
     if path is None:
         raise HTTPException(404, "the file is not here any more")
     return FileResponse(

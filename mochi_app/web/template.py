@@ -1,8 +1,8 @@
-"""Gradio's page, made to find itself by its own address.
+"""Gradio's page, changed to find the server by its own address.
 
-Gradio tells its page where the server is, from the headers of the request. Behind a proxy these may
-lack the host, the port, the scheme or the prefix. The browser knows all four, so the page takes
-them from there; and it names its icon, which a browser else looks for outside the prefix.
+Gradio derives the server's address in its page from the headers of the request. Behind a proxy
+these may lack the host, the port, the scheme or the prefix. The browser knows all four, so the page
+takes them from there; it also names its icon, which browsers otherwise request outside the prefix.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def use_own_address() -> None:
     """Change the page that Gradio serves; safe to repeat.
 
     Raises:
-        RuntimeError: this Gradio's page is another one than the pinned version's.
+        RuntimeError: this Gradio's page differs from the pinned version's.
     """
     loader = templates.env.loader
     if loader is None or isinstance(loader, ChoiceLoader):

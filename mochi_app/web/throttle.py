@@ -1,4 +1,4 @@
-"""Wrong passwords are slowed down, by address."""
+"""Rate limit for wrong passwords, by address."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 from starlette.requests import HTTPConnection
 
-TRIES = 10  # wrong passwords that one address has free
-SECONDS_A_TRY = 20.0  # after which it has one more
-MAX_ADDRESSES = 10_000  # that are remembered
+TRIES = 10  # wrong passwords that one address may try at once
+SECONDS_A_TRY = 20.0  # after which it may try one more
+MAX_ADDRESSES = 10_000  # remembered
 
 
 class Throttle:
-    """How many wrong passwords an address may still try: some at once, then one now and again."""
+    """How many wrong passwords an address may still try: some at once, then one at intervals."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Throttle:
         self._spent: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tries, and when
 
     def take(self, address: str) -> float:
-        """Spend a try. Returns 0, or the seconds until there is one to spend."""
+        """Use up a try. Returns 0, or the seconds until there is one."""
         now = self._clock()
         spent, then = self._spent.pop(address, (0.0, now))
         spent = max(0.0, spent - (now - then) / self._seconds)
@@ -41,13 +41,13 @@ class Throttle:
         return 0.0 if left >= 1 else (1 - left) * self._seconds
 
     def give_back(self, address: str) -> None:
-        """The password was right: the try cost nothing."""
+        """Return a try, after a correct password."""
         spent, then = self._spent.get(address, (0.0, self._clock()))
         self._spent[address] = (max(0.0, spent - 1), then)
 
 
 def address_of(request: HTTPConnection) -> str:
-    """The client's address; of IPv6 the network, as one client has all of it."""
+    """The client's address; for IPv6 its /64 network, since one client has all of it."""
     host = request.client.host if request.client else ""
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host)

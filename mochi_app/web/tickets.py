@@ -3,8 +3,8 @@
 A ticket calls the endpoint `engine_turn` in process (httpx over ASGI, no socket) with a secret
 header, and reads the event stream to its end; Gradio's queue lets as many run as there are slots.
 Tickets carry no job: the studio decides what a granted one runs. Whatever happens to one, the
-reconciler posts another as long as the studio needs it. A watch looks for what no single ticket
-can know: a slot and a job that wait for each other, so that no ticket was granted for long.
+reconciler posts another as long as the studio needs it. A watchdog detects what no single ticket
+can: a slot and a job that wait for each other because no ticket has been granted for a while.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ ENDPOINT = "engine_turn"
 RETRY_SECONDS = 1.0
 LEAST_SECONDS = 0.1  # between two tickets that found nothing to do
 WATCH_SECONDS = 1.0
-STALL_SECONDS = 10.0  # a ready slot and a job meet within milliseconds when all is well
+STALL_SECONDS = 10.0  # normally a ready slot and a job are paired within milliseconds
 
 
 class TicketError(RuntimeError):
-    """The queue did not take a ticket, or dropped it."""
+    """The queue refused a ticket, or dropped it."""
 
 
 class Tickets:
-    """Keeps as many tickets queued or granted as `needed()` says, looking at every beat."""
+    """Keeps as many tickets queued or granted as `needed()` returns, checked at every beat."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class Tickets:
         starving: Callable[[], bool] = lambda: False,
         on_stall: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """`starving()` says whether a ready slot has no turn although a job waits; when it has
-        said so for a while, `on_stall(reason)` is called and all tickets are posted anew."""
+        """`starving()` is whether a ready slot has no turn although a job waits; if it stays true
+        for a while, `on_stall(reason)` is called and all tickets are posted again."""
         self._client = httpx.AsyncClient(
             transport=httpx.ASGITransport(app=app),
             base_url="http://127.0.0.1",
@@ -65,14 +65,14 @@ class Tickets:
         self.problem: str | None = None  # why waiting jobs get no turn
 
     def start(self) -> None:
-        """Begin to reconcile and to watch."""
+        """Start the reconciler and the watchdog."""
         self._loops = [
             asyncio.create_task(self._keep(self._reconcile), name="tickets"),
             asyncio.create_task(self._keep(self._watch), name="tickets watch"),
         ]
 
     async def stop(self) -> None:
-        """Drop all tickets; what runs on a slot goes on."""
+        """Drop all tickets; runs on slots continue."""
         tasks = [*self._live, *self._loops]
         for task in tasks:
             task.cancel()
@@ -80,7 +80,7 @@ class Tickets:
         await self._client.aclose()
 
     async def _keep(self, loop: Callable[[], Awaitable[None]]) -> None:
-        """Run one loop for ever: without it, nothing that waits would be made any more."""
+        """Run one loop forever: without it, no waiting job would run any more."""
         while True:
             try:
                 await loop()
@@ -112,12 +112,12 @@ class Tickets:
                 self._renew(self.problem)
 
     def _renew(self, reason: str) -> None:
-        """Give up all tickets; the reconciler posts others. What runs on a slot goes on."""
+        """Cancel all tickets; the reconciler posts new ones. Runs on slots continue."""
         log.critical("%s: %d tickets are posted anew", reason, len(self._live))
         self._on_stall(reason)
         for task in self._live:
             task.cancel()
-        self._changed.beat()  # also where not one was left
+        self._changed.beat()  # even if none was left
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._live.discard(task)

@@ -7,6 +7,9 @@ takes a place in Gradio's queue.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
@@ -20,17 +23,17 @@ from mochi_app.callers import Caller
 from mochi_app.errors import HistoryError
 from mochi_app.jobs import JobStatus
 from mochi_app.loras import lora_names
-from mochi_app.request import (
-    DEFAULT_SCHEDULE,
-    MAX_GUIDANCE_SCALE,
-    MAX_LORA_SCALE,
-    MAX_STEPS,
-    MIN_SIDE,
-    MIN_STEPS,
-    SIDE_MULTIPLE,
-    RequestError,
-    refuse,
+from mochi_app.parameters import (
+    ASKED,
+    Choice,
+    Integer,
+    LoraName,
+    Number,
+    Offer,
+    Parameter,
+    Text,
 )
+from mochi_app.request import RequestError, refuse
 from mochi_app.studio.studio import Studio
 from mochi_app.web.auth import caller_of
 
@@ -74,6 +77,10 @@ UNQUEUED: Mapping[str, Any] = {
     "api_visibility": "private",
     "show_progress": "hidden",
 }
+
+RANDOM_SEED = "random_seed"  # the form's own: whether each Generate draws a seed
+# What the form sends and is filled with, in this order.
+FORM_FIELDS = (RANDOM_SEED, *(name for name, declared in ASKED.items() if declared.label))
 
 Call = Callable[[Any, Caller], Awaitable[Any]]
 Answer = Callable[[Any, gr.Request], Awaitable[dict[str, Any]]]
@@ -170,36 +177,12 @@ class Calls:
 def submitter(studio: Studio) -> Callable[..., Awaitable[dict[str, Any]]]:
     """The handler behind Generate: its outcome, for `page.js`. It touches none of the form."""
 
-    async def submit(
-        prompt: Any,
-        negative_prompt: Any,
-        random_seed: bool,
-        seed: Any,
-        steps: Any,
-        guidance_scale: Any,
-        height: Any,
-        width: Any,
-        num_frames: Any,
-        schedule: Any,
-        lora: Any,
-        lora_scale: Any,
-        request: gr.Request,
-    ) -> dict[str, Any]:
+    async def submit(request: gr.Request, *values: Any) -> dict[str, Any]:
+        given = dict(zip(FORM_FIELDS, values, strict=True))
+        drawn = given.pop(RANDOM_SEED)
+        given["seed"] = None if drawn else whole_number(given["seed"])
         try:
-            job = await studio.submit(
-                owner=caller_of(request).name,
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                seed=None if random_seed else whole_number(seed),
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                height=height,
-                width=width,
-                num_frames=num_frames,
-                schedule=schedule,
-                lora=lora,
-                lora_scale=lora_scale,
-            )
+            job = await studio.submit(owner=caller_of(request).name, **given)
         except (RequestError, HistoryError) as error:
             return {"error": str(error)}
         return {"job": studio.view(job)}
@@ -255,97 +238,75 @@ def build(studio: Studio) -> None:
     generate.click(submitter(studio), inputs, outcome, **UNQUEUED).then(
         None, [outcome], None, js="(outcome) => window.Mochi.submitted(outcome)", **UNQUEUED
     )
-    panel.drawn(None, None, inputs[3], js="() => window.Mochi.drawn()", **UNQUEUED)
+    panel.drawn(
+        None, None, inputs[FORM_FIELDS.index("seed")], js="() => window.Mochi.drawn()", **UNQUEUED
+    )
     panel.reuse(None, None, inputs, js="() => window.Mochi.reused()", **UNQUEUED)
 
 
 def form(studio: Studio) -> list[Any]:
-    """The form's components, in the order of `submitter` and of `values` in `page.js`."""
-    defaults = studio.defaults
+    """The form's components, in the order of `FORM_FIELDS`."""
+    offer = Offer(studio.defaults, studio.settings.preview_steps)
     prompt = gr.Textbox(
-        label="Prompt",
+        label=ASKED["prompt"].label,
         placeholder="Describe the video, then Generate or Ctrl+Enter",
         lines=4,
         max_lines=10,
         elem_id="mochi-prompt-box",
     )
-    examples(defaults.examples, prompt)
+    examples(studio.defaults.examples, prompt)
     with gr.Row(elem_id="mochi-seed", equal_height=True):
         seed = gr.Textbox(
-            label="Seed",
+            label=ASKED["seed"].label,
             placeholder="drawn for you",
             max_lines=1,
             min_width=140,
             html_attributes=gr.InputHTMLAttributes(autocomplete="off", spellcheck=False),
         )
         random_seed = gr.Checkbox(label="New seed each time", value=True, min_width=140)
+    made = {"prompt": prompt, "seed": seed, RANDOM_SEED: random_seed}
+    rest = [name for name in FORM_FIELDS if name not in made]
     with gr.Accordion("Settings", open=False, elem_id="mochi-settings"):
-        negative_prompt = gr.Textbox(
-            label="Negative prompt", placeholder="What to avoid", lines=2, max_lines=6
-        )
-        steps = gr.Slider(
-            MIN_STEPS,
-            MAX_STEPS,
-            value=studio.settings.preview_steps,
-            step=1,
-            label="Steps",
-        )
-        guidance_scale = gr.Slider(
-            0, MAX_GUIDANCE_SCALE, value=defaults.guidance_scale, step=0.1, label="Guidance"
-        )
-        with gr.Row():
-            width = side("Width", defaults.width, defaults.max_width)
-            height = side("Height", defaults.height, defaults.max_height)
-        num_frames = gr.Slider(
-            7,
-            defaults.max_num_frames,
-            value=defaults.num_frames,
-            step=6,
-            label="Frames",
-            info=f"{defaults.fps} a second",
-        )
-        schedule = gr.Radio(
-            [("Standard", "linear_quadratic"), ("Fast, for 8 steps at guidance 1.5", "fast")],
-            value=DEFAULT_SCHEDULE,
-            label="Schedule",
-        )
-        with gr.Row(visible=studio.settings.lora_dir is not None, elem_id="mochi-lora"):
-            lora = gr.Dropdown(
-                lora_choices(studio),
-                value="",
-                label="LoRA",
-                allow_custom_value=True,  # one that is gone is refused by the studio, by name
-                min_width=120,
-            )
-            lora_scale = gr.Slider(
-                0, MAX_LORA_SCALE, value=1, step=0.05, label="LoRA scale", min_width=120
-            )
+        for row, names in itertools.groupby(rest, lambda name: ASKED[name].row):
+            with contextlib.ExitStack() as stack:
+                if row:
+                    visible = row != "lora" or studio.settings.lora_dir is not None
+                    stack.enter_context(gr.Row(elem_id=f"mochi-{row}", visible=visible))
+                for name in names:
+                    made[name] = field(name, ASKED[name], offer, studio.settings.lora_dir)
         if studio.settings.lora_dir is not None:  # files come and go: look again with each page
-            gr.on(None, lambda: gr.Dropdown(lora_choices(studio)), None, lora, **UNQUEUED)
-    return [
-        prompt,
-        negative_prompt,
-        random_seed,
-        seed,
-        steps,
-        guidance_scale,
-        height,
-        width,
-        num_frames,
-        schedule,
-        lora,
-        lora_scale,
-    ]
+            choices = functools.partial(lora_choices, studio.settings.lora_dir)
+            gr.on(None, lambda: gr.Dropdown(choices()), None, made["lora"], **UNQUEUED)
+    return [made[name] for name in FORM_FIELDS]
 
 
-def lora_choices(studio: Studio) -> list[tuple[str, str]]:
+def field(name: str, declared: Parameter, offer: Offer, lora_dir: Path | None) -> Any:
+    """The component by which a parameter is set, with what it is when it is omitted."""
+    common: dict[str, Any] = {
+        "value": declared.omitted(offer) if declared.omitted else None,
+        "label": declared.label,
+        "info": declared.info(offer) if declared.info else None,
+    }
+    if declared.row:
+        common["min_width"] = 120
+    match declared:
+        case Integer(least=least, multiple=multiple):
+            return gr.Slider(least, declared.most(offer), step=multiple, **common)
+        case Number(least=least, most=most, step=step):
+            return gr.Slider(least, most, step=step, **common)
+        case Choice(options=options):
+            return gr.Radio([(label, value) for value, label in options.items()], **common)
+        case LoraName():  # a name that is gone is refused by the studio, which says so
+            common["value"] = ""
+            return gr.Dropdown(lora_choices(lora_dir), allow_custom_value=True, **common)
+        case Text():
+            return gr.Textbox(lines=2, max_lines=6, placeholder=declared.help.rstrip("."), **common)
+    raise TypeError(f"{name}: the form has no component for a {type(declared).__name__}")
+
+
+def lora_choices(lora_dir: Path | None) -> list[tuple[str, str]]:
     """Label and name of each LoRA, and of none."""
-    return [("None", ""), *((name, name) for name in lora_names(studio.settings.lora_dir))]
-
-
-def side(label: str, value: int, most: int) -> gr.Slider:
-    """A slider over the sizes that Mochi takes, in pixels."""
-    return gr.Slider(MIN_SIDE, most, value=value, step=SIDE_MULTIPLE, label=label, min_width=120)
+    return [("None", ""), *((name, name) for name in lora_names(lora_dir))]
 
 
 def examples(prompts: tuple[str, ...], prompt: gr.Textbox) -> None:

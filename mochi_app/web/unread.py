@@ -1,9 +1,9 @@
-"""How many answers may wait unread, in all and by client.
+"""Limits on unread answers, in total and by client.
 
-Whoever calls an endpoint posts first and then opens an event stream for the answer. A post whose
-stream nobody opens leaves its answer in the server's memory. Such posts are counted here, by the
-address they came from, and only these: who reads the answers is never refused, however often he
-asks. ASGI middleware around the app, below anything that decides who may come in.
+A caller of an endpoint first posts, then opens an event stream for the answer. A post whose stream
+is never opened leaves its answer in the server's memory. Only such posts are counted, by the
+address they came from: clients that read their answers are never refused, however often they call.
+ASGI middleware around the app, inside the authentication layer.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from mochi_app.web.tickets import SECRET_HEADER
 
 log = logging.getLogger(__name__)
 
-# Whatever stands before it: a proxy may pass its prefix on.
+# With any prefix: a proxy may pass its own on.
 POST_PATH = re.compile(r"/gradio_api/(?:queue/join|call/(?:v2/)?[^/]+)/?\Z")
 SESSION_PATH = re.compile(r"/gradio_api/queue/data/?\Z")
 EVENT_PATH = re.compile(r"/gradio_api/call/(?:v2/)?[^/]+/([^/]+)/?\Z")
 MOST_UNREAD = 750  # of all clients together; a third of what Gradio's queue can keep
-UNREAD_SECONDS = 60.0  # so long an answer waits for its reader
-ANSWER_BYTES = 4096  # more than Gradio's answer to a post has
+UNREAD_SECONDS = 60.0  # how long an answer waits for its reader
+ANSWER_BYTES = 4096  # more than Gradio's answer to a post
 
 
 class Sessions(Protocol):
-    """What the limits ask of the queue; see `StudioQueue`."""
+    """What the limits need from the queue; see `StudioQueue`."""
 
     @property
     def sessions(self) -> int:
@@ -51,15 +51,15 @@ class Sessions(Protocol):
         """The session that is owed this event's answer."""
 
     def settle(self, session: str) -> bool:
-        """Forget the session if it is owed nothing more; whether it is forgotten."""
+        """Forget the session if it is owed nothing more; whether it was forgotten."""
 
     def forget(self, session: str) -> None:
-        """Owe the session nothing."""
+        """Drop all the session's answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """A post whose event stream nobody has opened."""
+    """A post whose event stream has not been opened."""
 
     session: str
     client: str
@@ -78,32 +78,33 @@ class UnreadPosts:
         return len(self._posts)
 
     def of(self, client: str) -> int:
-        """How many are this client's."""
+        """How many belong to this client."""
         return len(self._by_client.get(client, ()))
 
     def oldest(self, client: str | None = None) -> Unread | None:
-        """The oldest of one client, or of all."""
+        """The oldest post of one client, or of all."""
         posts = self._posts if client is None else self._by_client.get(client, {})
         return next(iter(posts.values()), None)
 
     def greediest(self) -> str | None:
-        """The client with the most; of several, the one that was first."""
+        """The client with the most posts; of several, the first."""
         return max(self._by_client, key=lambda client: len(self._by_client[client]), default=None)
 
     def add(self, key: str, post: Unread) -> None:
-        """Count one more, in place of what had this key; an event's id is its post's key."""
+        """Count one more, replacing any with this key; an event's id is its post's key."""
         self._remove(key)
         self._posts[key] = post
         self._by_client.setdefault(post.client, {})[key] = post
         self._by_session.setdefault(post.session, {})[key] = post
 
     def take(self, session: str) -> None:
-        """Count the session's posts no more."""
+        """Stop counting the session's posts."""
         for key in list(self._by_session.get(session, ())):
             self._remove(key)
 
     def _remove(self, key: str) -> None:
-        """Sessions are named by clients, so a key may be anywhere: it leaves wherever it is."""
+        """Remove a post by its own client and session: clients choose session names, so a key may
+        belong to any."""
         post = self._posts.pop(key, None)
         if post is None:
             return
@@ -114,7 +115,7 @@ class UnreadPosts:
 
 
 class StreamLimits:
-    """Refuses a post with 429 when its client, or everybody, leaves too much unread."""
+    """Refuses a post with 429 if its client, or all clients, leave too much unread."""
 
     def __init__(
         self,
@@ -133,10 +134,10 @@ class StreamLimits:
         self._clock = clock
         self._unread = UnreadPosts()
         self._posting: Counter[str] = Counter()  # by client: admitted, not yet answered
-        self._open: Counter[str] = Counter()  # by session: streams that are read
+        self._open: Counter[str] = Counter()  # by session: streams being read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, counted, or refuse it."""
+        """Count a request and pass it on, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif scope["method"] == "POST" and POST_PATH.search(scope["path"]):
@@ -158,7 +159,7 @@ class StreamLimits:
         if (refusal := self._refusal(client)) is not None:
             await refusal(scope, receive, send)
             return
-        self._make_room()
+        self._drop_excess()
         self._posting[client] += 1
         try:
             await self._app(scope, receive, self._listening(client, send))
@@ -183,7 +184,8 @@ class StreamLimits:
         return None
 
     def _listening(self, client: str, send: Send) -> Send:
-        """`send`, counting the post once its event's id is known and before its client knows it."""
+        """Wrap `send` to count the post once its event's id is known, before its client knows
+        it."""
         status, body = 0, b""
 
         async def listening(message: Message) -> None:
@@ -206,13 +208,13 @@ class StreamLimits:
             self._unread.add(event_id, Unread(session, client, self._clock()))
 
     def _expire(self) -> None:
-        """Drop what has waited too long."""
+        """Drop posts that have waited too long."""
         limit = self._clock() - UNREAD_SECONDS
         while (post := self._unread.oldest()) is not None and post.posted <= limit:
             self._drop(post.session)
 
-    def _make_room(self) -> None:
-        """Drop the oldest of whoever has the most, when there are too many of all clients."""
+    def _drop_excess(self) -> None:
+        """While there are too many in total, drop the oldest of the client with the most."""
         while len(self._unread) + self._posting.total() >= MOST_UNREAD:
             post = self._unread.oldest(self._unread.greediest())
             if post is None:
@@ -244,7 +246,7 @@ class StreamLimits:
         finally:
             self._open -= Counter([session])
             if not self._open[session] and not self._queue.settle(session):
-                # It was posted to while its stream ended: that wants a reader of its own.
+                # Something was posted while the stream ended, and needs a reader of its own.
                 client = address_of(HTTPConnection(scope))
                 self._unread.add(f"rest of {session}", Unread(session, client, self._clock()))
 
@@ -262,7 +264,7 @@ def event_id_in(body: bytes) -> str | None:
 
 
 def too_many(detail: str, seconds: float) -> JSONResponse:
-    """429, to be tried again after so many seconds."""
+    """A 429 response, to be retried after `seconds`."""
     wait = str(min(max(1, math.ceil(seconds)), int(UNREAD_SECONDS)))
     headers = {"retry-after": wait}
     return JSONResponse({"detail": f"{detail}; try again in {wait} s"}, 429, headers)

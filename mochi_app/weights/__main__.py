@@ -1,12 +1,12 @@
-"""The weights of a model, on this box before any rank starts: found, downloaded, checked.
+"""The weights of a model, found, downloaded and checked on this machine before any rank starts.
 
-A command of its own, so that it can be killed and a hang holds nobody up:
+A separate command, so that it can be killed and a hang blocks nothing else:
 
     python -m mochi_app.weights --model genmo/mochi-1-preview --dtype bfloat16
 
 It prints events as JSON lines (`events.py`), the last of them `done` (exit status 0) or
-`error` (1); the parent's side of it is `fetch_weights`. Neither side imports torch; huggingface_hub
-is the child's alone (`hub_cache.py`).
+`error` (1); the parent's side is `fetch_weights`. Neither side imports torch; only the child
+imports huggingface_hub (`hub_cache.py`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="seconds that a file may bring no byte, retries included",
     )
     given = parser.parse_args(argv)
-    # Xet has no partial files to go on with, bars would fill the log. Read when hub is imported.
+    # Xet has no partial files to resume from, bars would fill the log. Read when hub is imported.
     for name in ("XET", "PROGRESS_BARS", "TELEMETRY"):
         os.environ[f"HF_HUB_DISABLE_{name}"] = "1"
     types = PartTypes(given.dtype, given.text_dtype, given.vae_dtype or given.dtype)

@@ -1,4 +1,4 @@
-"""What the download of weights tells its parent: one event, one line of JSON; and its one error."""
+"""What the download of weights reports to its parent, one JSON line per event; and its error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mochi_app.codec import Codec, ProtocolError, parse
 class WeightsError(RuntimeError):
     """There are no weights to load. The message says why and what to do.
 
-    `retry` says whether the same attempt may succeed later, without a change of the settings.
+    `retry` is whether the same attempt may succeed later without a change to the settings.
     """
 
     def __init__(self, message: str, retry: bool) -> None:
@@ -23,7 +23,7 @@ class WeightsError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Bytes on this box, of all that are needed; `file` is one that is coming in, or empty."""
+    """Bytes on this machine, of all that are needed; `file` is one being downloaded, or empty."""
 
     done: int
     total: int
@@ -32,14 +32,14 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something that people should know, and that stops nothing."""
+    """Something that people should know, but that does not stop the download."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The weights lie in this folder, which `from_pretrained` loads."""
+    """The weights are in this folder, which `from_pretrained` loads."""
 
     folder: str
 
@@ -69,7 +69,7 @@ def decode(line: str | bytes) -> Event | None:
     """The event in a line; None when a library printed something else: no object, or no `event`.
 
     Raises:
-        ProtocolError: it is no event that there is; see `Codec.decode`.
+        ProtocolError: it is not a known event; see `Codec.decode`.
     """
     try:
         record = parse(line)

@@ -1,4 +1,4 @@
-"""What went wrong with the Hub, in words that say what to do."""
+"""Turns errors of the Hub into messages that say what to do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def transient(error: Exception) -> bool:
-    """Whether the same request may work in a moment."""
+    """Whether the same request may succeed shortly."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -30,7 +30,7 @@ def transient(error: Exception) -> bool:
 
 
 def hub_name() -> str:
-    """The Hub's address for people: without a user or token that HF_ENDPOINT may hold."""
+    """The Hub's address for people: without a user or token that HF_ENDPOINT may contain."""
     from huggingface_hub import constants
 
     parts = urlsplit(constants.ENDPOINT)
@@ -62,7 +62,7 @@ def explained(repo: str, root: Path) -> Iterator[None]:
 
 
 def explain_refusal(error: HfHubHTTPError, repo: str) -> WeightsError:
-    """What an answer of the Hub that is no file means."""
+    """What an error response of the Hub means."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     hub, status = hub_name(), error.response.status_code
@@ -84,7 +84,7 @@ def explain_refusal(error: HfHubHTTPError, repo: str) -> WeightsError:
 
 
 def explain_failure(causes: Sequence[BaseException], root: Path) -> WeightsError:
-    """What an error of the network or of the disk means, given with its causes."""
+    """What an error of the network or the disk means, given as its chain of causes."""
     import httpx2
 
     number = next((cause.errno for cause in causes if isinstance(cause, OSError)), None)

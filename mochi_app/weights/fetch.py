@@ -1,4 +1,4 @@
-"""The parent's side of the download: starts the command, hears its events, ends it."""
+"""The parent's side of the download: starts the command, reads its events, ends it."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ async def fetch_weights(
 ) -> Path:
     """Run the command as a child and return the folder; a cancel kills the child.
 
-    `on_progress` is called on the loop; notices go to the log. A child that says nothing for
+    `on_progress` is called on the loop; notices go to the log. A child that prints nothing for
     `silence` seconds is killed. Must run on the loop's own thread: the death signal that the child
     asks for follows the thread.
 
     Raises:
-        WeightsError: as the child says, or because it died or hung.
+        WeightsError: the child reported one, died or hung.
         OSError: it could not be started.
     """
     asked = ["--model", _absolute(model), "--dtype", types.transformer]
@@ -65,7 +65,7 @@ async def fetch_weights(
 
 
 async def _line(stream: asyncio.StreamReader, seconds: float) -> bytes:
-    """The next line. Raises TimeoutError, and ProtocolError where one is too long."""
+    """The next line. Raises TimeoutError, or ProtocolError if it is too long."""
     async with asyncio.timeout(seconds):
         try:
             return await stream.readline()
@@ -74,13 +74,13 @@ async def _line(stream: asyncio.StreamReader, seconds: float) -> bytes:
 
 
 def _absolute(model: str) -> str:
-    """A folder by its full path, since the child has a working directory of its own."""
+    """A folder by its full path, since the child has its own working directory."""
     folder = Path(model).expanduser()
     return str(folder.resolve()) if folder.is_dir() else model
 
 
 def _take(line: bytes, on_progress: Callable[[Progress], None]) -> Event | None:
-    """Hand on what a line says; the event if it is the last one."""
+    """Handle one line; returns its event if it is the last one."""
     event = decode(line)
     if isinstance(event, Progress):
         on_progress(event)

@@ -1,4 +1,4 @@
-"""Which of a model's files are needed, and whether a folder has them whole.
+"""Which of a model's files are needed, and whether a folder has them complete.
 
 Plain rules over names, headers and sizes: nothing is downloaded, and no weights are read.
 """
@@ -33,8 +33,8 @@ class PartTypes:
 
     @classmethod
     def choose(cls, device: str, dtype: str, text_dtype: str, vae_dtype: str) -> PartTypes:
-        """From the settings, where `auto` is: bfloat16 on a GPU and float32 on a CPU; for text
-        float32, as the model's authors run it; for the decoder that of the transformer."""
+        """From the settings, where `auto` means: bfloat16 on a GPU and float32 on a CPU; for text
+        float32, as the model's authors run it; for the decoder the transformer's."""
         usual = "float32" if device == "cpu" else "bfloat16"
         transformer = usual if dtype == "auto" else dtype
         return cls(
@@ -52,10 +52,10 @@ class PartTypes:
 def weight_files(part: str, names: Collection[str], dtype: str) -> list[str]:
     """The weight files of one component among the names in its folder; empty when there are none.
 
-    Those of the type, else those of the other, which loading converts. The bf16 variant is for
+    Those of the dtype, else those of the other, which loading converts. The bf16 variant is for
     `bfloat16`, the plain files for `float32`: one file, or shards and their index (which may be
-    missing from `names`). Where a folder has both, the choice is that of the library which loads
-    it: diffusers takes the index, transformers the file.
+    missing from `names`). If a folder has both, the choice is that of the library that loads it:
+    diffusers takes the index, transformers the file.
     """
     stem = WEIGHT_STEMS[part]
     for variant in (".bf16", "") if dtype == "bfloat16" else ("", ".bf16"):
@@ -71,7 +71,7 @@ def weight_files(part: str, names: Collection[str], dtype: str) -> list[str]:
 
 
 def needed_files(paths: Iterable[str], types: PartTypes) -> list[str]:
-    """Those of a repository's files that a pipeline of these types loads, sorted.
+    """The files of a repository that a pipeline of these dtypes loads, sorted.
 
     Never both variants of a component, and no checkpoint that is not part of a diffusers pipeline.
 
@@ -100,7 +100,7 @@ def needed_files(paths: Iterable[str], types: PartTypes) -> list[str]:
 
 
 def safetensors_problem(path: Path) -> str:
-    """What is wrong with a safetensors file, by its header and its size; empty when nothing is.
+    """What is wrong with a safetensors file, judged by its header and size; empty if nothing is.
 
     Format: 8 bytes with the header's length, little endian; a JSON header; the tensors' bytes.
     """
@@ -135,7 +135,7 @@ def file_problem(path: Path) -> str:
 
 
 def shards_of(index: Path) -> list[str]:
-    """The shards that a sound index names; none of an index that is not sound."""
+    """The shards that an index names; empty if the index is damaged."""
     try:
         return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -143,7 +143,7 @@ def shards_of(index: Path) -> list[str]:
 
 
 def folder_problems(folder: Path, types: PartTypes) -> Iterator[str]:
-    """All that keeps a pipeline of these types from loading out of `folder`, one sentence each."""
+    """Everything that keeps a pipeline of these dtypes from loading, one sentence each."""
     wanted = ["model_index.json", "scheduler/scheduler_config.json"]
     wanted.append("tokenizer/tokenizer_config.json")
     for part, stem in WEIGHT_STEMS.items():
@@ -164,10 +164,10 @@ def folder_problems(folder: Path, types: PartTypes) -> Iterator[str]:
 
 
 def check_folder(folder: Path, types: PartTypes, advice: str) -> None:
-    """Make sure that a pipeline is there and whole, as far as that shows without reading it all.
+    """Make sure that a complete pipeline is there, as far as can be seen without reading it all.
 
     Raises:
-        WeightsError: naming files that are missing or damaged, and what to do: `advice`.
+        WeightsError: names files that are missing or damaged, and what to do: `advice`.
     """
     problems = list(folder_problems(folder, types))
     if problems:

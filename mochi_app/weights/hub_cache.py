@@ -15,7 +15,6 @@ removes on failure: a killed download of 10 GB would begin anew.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -27,6 +26,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+
+from filelock import FileLock, Timeout
 
 from mochi_app.errors import one_line
 from mochi_app.files import fsync
@@ -53,26 +54,20 @@ def only_one(snapshot: Snapshot, emit: Emit) -> Iterator[None]:
     A cache that cannot be written to, or has no locks, is used without one.
     """
     path = snapshot.root / ".locks" / snapshot.storage.name / "mochi-app.lock"
+    # No soft lock, which outlives a killed process: where there are no locks, do without.
+    lock = FileLock(path, poll_interval=LOCK_SECONDS, fallback_to_soft=False)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        lock.acquire(blocking=False)
+    except Timeout:
+        emit(Notice(f"another process downloads {snapshot.repo}: waiting for it"))
+        with contextlib.suppress(OSError):
+            lock.acquire()
     except OSError:
+        pass  # nobody can hold one here
+    try:
         yield
-        return
-    with file:
-        told = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    emit(Notice(f"another process downloads {snapshot.repo}: waiting for it"))
-                    told = True
-                time.sleep(LOCK_SECONDS)
-            except OSError:
-                break
-        yield
+    finally:
+        lock.release()
 
 
 class Reporter:

@@ -1,7 +1,7 @@
-"""The model's folder for all slots of this server: there and whole before a rank starts.
+"""The model's folder for all slots of this server: present and complete before a rank starts.
 
-Slots that start ask for the folder and share one attempt. A failed attempt is the asker's to retry,
-so backing off stays the pool's. The download itself is a process of its own (`fetch.py`).
+Slots that start ask for the folder and share one attempt. The caller retries a failed attempt, so
+backing off is up to the pool. The download itself is a separate process (`fetch.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mochi_app.weights.files import PartTypes, check_folder
 
 
 def types_of(settings: Settings) -> list[PartTypes]:
-    """The types that the model is loaded in: one set, or two where CPUs and GPUs have slots."""
+    """The dtypes in which the model is loaded: one set, or two with both CPU and GPU slots."""
     devices = {device if device == "cpu" else "cuda" for slot in settings.slots
                for device in slot.devices}  # fmt: skip
     chosen = [
@@ -28,7 +28,7 @@ def types_of(settings: Settings) -> list[PartTypes]:
 
 
 class Provision:
-    """Where the model lies, as soon as it is there. `detail` says what is being done until then."""
+    """Where the model is, once it is there. `detail` is what is being done until then."""
 
     def __init__(
         self,
@@ -43,22 +43,22 @@ class Provision:
         self._attempt: asyncio.Task[Path] | None = None
 
     async def folder(self) -> Path:
-        """The model's folder; all who ask at a time share one attempt.
+        """The model's folder; concurrent callers share one attempt.
 
         Raises:
-            WeightsError: there is none that would load; asking again makes another attempt.
+            WeightsError: there is none that would load.
         """
         if self._attempt is None:
             self._attempt = asyncio.create_task(self._provide(), name="weights")
         return await asyncio.shield(self._attempt)
 
     def forget(self) -> None:
-        """Look at the files again when next asked: a slot died, and they may be gone."""
+        """Check the files again on the next call: a slot died, and they may be gone."""
         if self._attempt is not None and self._attempt.done():
             self._attempt = None
 
     async def stop(self) -> None:
-        """End a download that is under way; what has come of it is kept for the next start."""
+        """Stop a running download; what has been downloaded is kept for the next start."""
         if self._attempt is not None:
             self._attempt.cancel()
             await asyncio.gather(self._attempt, return_exceptions=True)
@@ -72,17 +72,17 @@ class Provision:
                     await asyncio.to_thread(check_folder, local, types, advice)
                     folder = local
                 else:
-                    self._say("looking for the model")
+                    self._show("looking for the model")
                     folder = await fetch_weights(
-                        self._settings.model, types, self._hear, self._command
+                        self._settings.model, types, self._on_progress, self._command
                     )
             return folder
         finally:
             self.detail = ""
 
-    def _hear(self, progress: Progress) -> None:
-        self._say(progress_text(progress))
+    def _on_progress(self, progress: Progress) -> None:
+        self._show(progress_text(progress))
 
-    def _say(self, detail: str) -> None:
+    def _show(self, detail: str) -> None:
         self.detail = detail
         self._on_change()

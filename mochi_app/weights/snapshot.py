@@ -1,4 +1,4 @@
-"""What a repository on the Hub holds at one commit, and what of it is in the cache."""
+"""The files of a repository on the Hub at one commit, and which of them are in the cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def size_of(path: Path) -> int:
 
 
 def digest_of(path: Path, like: str) -> str:
-    """The digest of a file, of the kind that `like` is."""
+    """The digest of a file, of the same kind as `like`."""
     hasher = hashlib.sha256()
     if len(like) == 40:
         hasher = hashlib.sha1(f"blob {size_of(path)}\0".encode(), usedforsecurity=False)
@@ -53,12 +53,12 @@ class Snapshot:
 
     @property
     def folder(self) -> Path:
-        """The folder that looks like the repository."""
+        """The folder that is laid out like the repository."""
         return self.storage / "snapshots" / self.commit
 
     @property
     def contents(self) -> list[RemoteFile]:
-        """The files, each content once."""
+        """The files, one for each distinct content."""
         return list({file.digest: file for file in self.files}.values())
 
     @property
@@ -67,11 +67,11 @@ class Snapshot:
         return sum(file.size for file in self.contents)
 
     def blob(self, file: RemoteFile) -> Path:
-        """Where the content lies once it is whole."""
+        """Where the content is once it is complete."""
         return self.storage / "blobs" / file.digest
 
     def partial(self, file: RemoteFile) -> Path:
-        """Where it grows until then."""
+        """Where it is downloaded to until then."""
         return self.storage / "blobs" / f"{file.digest}.incomplete"
 
     def has(self, file: RemoteFile) -> bool:
@@ -84,13 +84,13 @@ class Snapshot:
         return file.size if self.has(file) else min(size_of(self.partial(file)), file.size)
 
     def progress(self) -> Progress:
-        """How much is in the cache, and a file that is coming in."""
+        """How much is in the cache, and a file that is being downloaded."""
         held = {file.path: self.held(file) for file in self.contents}
         growing = [f.path for f in self.contents if held[f.path] > 0 and not self.has(f)]
         return Progress(sum(held.values()), self.total, growing[0] if growing else "")
 
     def discard_damaged(self, emit: Emit) -> None:
-        """Remove what is in the cache and cannot be right, by its size or its header."""
+        """Remove files from the cache whose size or header is wrong."""
         for file in self.files:
             for place in (self.folder / file.path, self.blob(file)):
                 if not place.is_file():
@@ -106,7 +106,7 @@ def cached_snapshot(root: Path, repo: str, types: PartTypes, advice: str) -> Pat
     """The snapshot of `repo` that the cache holds, without asking the Hub.
 
     Raises:
-        WeightsError: there is none, or it is not complete; `advice` says what to do.
+        WeightsError: there is none, or it is incomplete; `advice` says what to do.
     """
     reference = Snapshot(root, repo, "").storage / "refs" / "main"
     if not reference.is_file():

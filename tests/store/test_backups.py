@@ -159,7 +159,7 @@ class TestBackups:
     async def test_they_are_made_on_time_and_only_of_something_new(
         self, data: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(backups, "LOOK_SECONDS", 0.01)
+        monkeypatch.setattr(backups, "CHECK_SECONDS", 0.01)
         async with open_history(data) as history:
             keeper = Backups(data, hours=1e-9, kept=2)
             keeper.start()
@@ -177,7 +177,7 @@ class TestBackups:
     async def test_a_failure_is_told_until_one_succeeds(
         self, data: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(backups, "LOOK_SECONDS", 0.01)
+        monkeypatch.setattr(backups, "CHECK_SECONDS", 0.01)
         monkeypatch.setattr(backups, "RETRY_SECONDS", 0.01)
         async with open_history(data) as history:
             await history.add(make(1))

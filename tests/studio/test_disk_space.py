@@ -27,7 +27,7 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.free = MARGIN + 100 * EACH
         monkeypatch.setattr(MediaStore, "free_bytes", lambda _: self.free)
-        monkeypatch.setattr(module, "ROOM_SECONDS", 0.02)
+        monkeypatch.setattr(module, "SPACE_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -158,10 +158,10 @@ async def test_health_tells_of_a_full_disk_and_a_full_quota_while_nothing_waits(
     job = await ended(studio, await studio.submit(prompt="p"))
     assert studio.health()["ok"]
     monkeypatch.setattr(studio.media, "free_bytes", lambda: 0)
-    await studio.disk.look()
+    await studio.disk.measure()
     assert "0 MiB free" in studio.health()["reasons"][0]
     monkeypatch.undo()
-    await studio.disk.look()
+    await studio.disk.measure()
     await studio.star(job.id)
     studio.retention.quota_bytes = 1
     assert studio.health()["reasons"] == ["the quota is full of starred videos"]

@@ -167,7 +167,9 @@ def test_small_shapes_and_close_colours_weigh_more_by_what_the_caption_says() ->
     clear = weight("a big white circle moving left on a black background")
     small = weight("a small red circle moving left on a purple background")
     faint = weight("a small orange circle moving left on a yellow background")
+    ring = weight("a small red ring moving left on a purple background")
     assert clear < small < faint <= data.MAX_WEIGHT
+    assert small < ring
     said = words.parse_caption("a small orange circle moving left on a yellow background")
     assert source.weight(said, "") == source.weight(said, "a circle") == 1.0
 

@@ -44,7 +44,7 @@ class Answer:
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stay, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(stay, "CHECK_SECONDS", 0.01)
 
 
 class Endless:

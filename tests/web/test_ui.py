@@ -54,7 +54,7 @@ async def submit(studio: Studio, **changes: Any) -> dict[str, Any]:
         "negative_prompt": "",
         "random_seed": True,
         "seed": "",
-        "steps": 2,
+        "num_inference_steps": 2,
         "guidance_scale": 3,
         "height": 64,
         "width": 64,
@@ -63,7 +63,8 @@ async def submit(studio: Studio, **changes: Any) -> dict[str, Any]:
         "lora": "",
         "lora_scale": 1,
     }
-    return await ui.submitter(studio)(*(form | changes).values(), asker("anon-1"))
+    values = [(form | changes)[name] for name in ui.FORM_FIELDS]
+    return await ui.submitter(studio)(asker("anon-1"), *values)
 
 
 async def test_generate_answers_with_the_job(make_studio: MakeStudio) -> None:
@@ -77,7 +78,7 @@ async def test_generate_answers_with_the_job(make_studio: MakeStudio) -> None:
 async def test_schedule_and_lora_are_kept(make_studio: MakeStudio, tmp_path: Path) -> None:
     (tmp_path / "noir.safetensors").touch()
     studio = await make_studio(lora_dir=tmp_path)
-    asked = {"schedule": "fast", "steps": 8, "lora": "noir", "lora_scale": 0.5}
+    asked = {"schedule": "fast", "num_inference_steps": 8, "lora": "noir", "lora_scale": 0.5}
     job = (await submit(studio, **asked))["job"]
     assert (job["schedule"], job["lora"], job["lora_scale"]) == ("fast", "noir", 0.5)
     assert "noir" in (await submit(studio, lora="retro"))["error"]
@@ -98,8 +99,8 @@ async def test_a_fixed_seed_is_kept(make_studio: MakeStudio) -> None:
         ({"random_seed": False, "seed": "4294967296"}, "seed: got 4294967296"),
         ({"random_seed": False, "seed": "1.5"}, "seed: got '1.5'"),
         ({"random_seed": False, "seed": "9" * 5000}, "seed: got '999"),
-        ({"steps": 1}, "num_inference_steps: got 1"),
-        ({"steps": None, "width": 65}, "width: got 65"),
+        ({"num_inference_steps": 1}, "num_inference_steps: got 1"),
+        ({"num_inference_steps": None, "width": 65}, "width: got 65"),
         ({"num_frames": 8}, "num_frames: got 8"),
     ],
 )

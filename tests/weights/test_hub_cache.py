@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -178,6 +179,14 @@ def test_two_at_once_download_once(hub: Hub) -> None:
     assert [process.returncode for process in both] == [0, 0]
     assert sum(hub.sent.values()) == hub.size(needed_files(tiny_files(), FLOAT32))
     assert sum("another process downloads" in output for output in outputs) == 1
+
+
+def test_a_cache_that_takes_no_lock_is_used_without(hub: Hub, home: Path) -> None:
+    folder = run().folder
+    locks = home.parent / ".locks"
+    shutil.rmtree(locks)
+    locks.write_text("no folder")
+    assert run().folder == folder
 
 
 # Offline

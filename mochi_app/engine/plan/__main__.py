@@ -1,6 +1,6 @@
 """The plan on paper: memory, work and traffic of every GPU of a slot, before any weight is loaded.
 
-A command that prints what `fit.py` plans from the counts of `costs.py`, also beside published
+A command that prints what `fit.py` plans from the counts of `costs.py`, also next to published
 timings. Run it with::
 
     python -m mochi_app.engine.plan --gpus 1,2,4,8 --gpu-memory 80
@@ -75,7 +75,7 @@ TIMINGS = (
 class Comparison:
     """A published time beside the plan's, in seconds.
 
-    `tflops` was fitted to the first of the series, whose prediction is therefore no news.
+    `tflops` was fitted to the first of the series, whose prediction is therefore exact.
     """
 
     timing: Timing

@@ -1,9 +1,9 @@
-"""What a run of Mochi costs: operations, bytes between GPUs, bytes that are alive at a time.
+"""What a run of Mochi costs: operations, bytes between GPUs, bytes alive at a time.
 
 The published architecture of genmo/mochi-1-preview, and pure functions from sizes to counts. Exact,
 and tested against torch's own counter: multiply-adds of matrix products and convolutions, bytes
-handed to collectives. Estimated: live tensors at the peak of a step. A layout is that of
-`parallel.py`, its tiles those of `decode.py`. A GB is 10**9 bytes, a TFLOP 10**12 operations.
+handed to collectives. Estimated: live tensors at the peak of a step. Layouts are those of
+`parallel.py`, tiles those of `decode.py`. A GB is 10**9 bytes, a TFLOP 10**12 operations.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def own_samples(samples: Sequence[int], cfg: int, cfg_rank: int) -> Sequence[int
 
 
 def row_flops(size: Sizes) -> int:
-    """Linear layers that see one row a sample: a step's conditioning, and every modulation.
+    """Linear layers with one row per sample: a step's conditioning, and every modulation.
 
     Timestep MLP, query and output of the caption's attention pool; in each block four parts for
     the visual and four for the text stream (the last block: one for the text); scale and shift of
@@ -147,8 +147,8 @@ def row_flops(size: Sizes) -> int:
 
 
 def caption_flops(size: Sizes) -> int:
-    """What the padded caption goes through once a step: the pool's keys, values and attention,
-    over the caption and its mean, and the projection to the blocks' width.
+    """The work on the padded caption once a step: the pool's keys, values and attention, over the
+    caption and its mean, and the projection to the blocks' width.
     """
     pooled = size.length + 1
     pool = 2 * pooled * size.embed * 2 * size.embed + 4 * pooled * size.embed
@@ -163,7 +163,7 @@ def visual_flops(size: Sizes, own: int) -> int:
 def text_flops(size: Sizes, last: bool) -> int:
     """Linear layers of one block over the padded caption: q, k, v, out and the gated MLP.
 
-    The last block discards what the text becomes: it has no text output and no text MLP.
+    The last block discards the text stream: it has no text output and no text MLP.
     """
     weights = 3 * size.width * size.text_width
     if not last:
@@ -191,9 +191,9 @@ def transformer_flops(
 
     Counted as `torch.utils.flop_counter` does: matrix products, convolutions and attention only.
     `tokens` are the visual ones of the whole video; `text_tokens` the valid ones of each sample of
-    this rank's batch. Every rank embeds all patches and turns all rotary angles; the rest of the
-    visual work is divided, the text's is not, except for its attention. Layers that see one row a
-    sample work on the rows of all samples, whatever the split over `cfg`.
+    this rank's batch. Every rank embeds all patches and computes all rotary angles; the rest of the
+    visual work is split, the text's is not, except for its attention. Layers with one row per
+    sample process the rows of all samples, whatever the split over `cfg`.
 
     Raises:
         LayoutError: the heads cannot be split over `sp` ranks.
@@ -316,8 +316,8 @@ def text_encoder_flops(config: Mapping[str, Any], length: int) -> int:
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storage of tensors made inside it, while they live; `peak` is the most, in bytes.
 
-    Works on the meta device too, where nothing is allocated. What an operation uses inside, it
-    cannot see.
+    Works on the meta device too, where nothing is allocated. It cannot see what an operation
+    allocates internally.
     """
 
     def __init__(self) -> None:

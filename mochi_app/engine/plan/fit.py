@@ -1,9 +1,9 @@
 """Whether a slot's runs fit its GPUs, and how long they would take: one plan for N ranks.
 
-Adds the costs (`costs.py`) up by rank, with weights in the types that `loading.py` chooses. The
+Adds up the costs (`costs.py`) by rank, with weights in the dtypes that `loading.py` chooses. The
 architecture is built from its real classes on the meta device, so parameters are counted and one
-decoder tile is walked through, without memory for either. It runs nothing and knows no hardware:
-a slot asks it before it loads, and `__main__.py` prints it.
+decoder tile is traced without memory for either. It runs nothing and knows no hardware: a slot
+checks it before it loads, and `__main__.py` prints it.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Setting:
         return (self.num_frames - 1) // TIME + 1, self.height // SPACE, self.width // SPACE
 
     def check(self) -> None:
-        """Raise unless every field makes sense.
+        """Raise unless every field is valid.
 
         Raises:
             PlanError: naming the field, its value and what was expected.
@@ -183,13 +183,13 @@ class RankPlan:
 
     @property
     def peak(self) -> int:
-        """Bytes at the worst moment: weights stay, a step and the decoding follow each other."""
+        """Bytes at the worst moment: weights stay; steps and decoding never overlap."""
         return self.weights + self.reserve + max(self.step_activations, self.decode_activations)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A setting worked out. `text_flops` are those of all prompts, on rank 0."""
+    """The plan for a setting. `text_flops` are those of all prompts, on rank 0."""
 
     setting: Setting
     mesh: tuple[int, int]
@@ -209,12 +209,12 @@ class Plan:
 
     @property
     def busiest_flops(self) -> int:
-        """Operations of one step on the GPU that has the most, for which all others wait."""
+        """Operations of one step on the busiest GPU, for which all others wait."""
         return max(rank.flops for rank in self.ranks)
 
     @property
     def overhead(self) -> float:
-        """Busiest GPU times their number, over one process: 1 is a perfect division."""
+        """Work of the busiest GPU times their number, over one process: 1 is a perfect split."""
         return self.busiest_flops * len(self.ranks) / self.one_process_flops
 
     @property
@@ -240,7 +240,7 @@ class Plan:
         return self.text_seconds + steps * self.step_seconds + self.decode_seconds
 
     def verdict(self) -> str:
-        """One sentence: the need of the worst GPU, and what it has."""
+        """One sentence: what the worst GPU needs, and what it has."""
         worst, memory = self.worst, self.setting.gpu_memory
         stage = "decode" if worst.decode_activations > worst.step_activations else "step"
         live = max(worst.decode_activations, worst.step_activations)
@@ -266,10 +266,10 @@ class Plan:
 
 
 def make_plan(setting: Setting, parts: Parts) -> Plan:
-    """Work a setting out, whether it fits or not.
+    """Plan a setting, whether it fits or not.
 
     Raises:
-        PlanError: a setting that makes no sense.
+        PlanError: the setting is invalid.
         LayoutError: attention heads that cannot be split over so many GPUs.
     """
     setting.check()
@@ -292,7 +292,7 @@ def make_plan(setting: Setting, parts: Parts) -> Plan:
 
 
 def plan_rank(setting: Setting, parts: Parts, rank: int, cfg: int, sp: int) -> RankPlan:
-    """The part of one GPU: cfg-major, as in `parallel.py`'s mesh. The text encoder is on rank 0."""
+    """One GPU's share: cfg-major, as in `parallel.py`'s mesh. The text encoder is on rank 0."""
     config, guided = parts.transformer, setting.guided
     cfg_rank, sp_rank = divmod(rank, sp)
     itemsize = DTYPES[setting.dtype].itemsize
@@ -321,8 +321,8 @@ def plan_rank(setting: Setting, parts: Parts, rank: int, cfg: int, sp: int) -> R
 def plan_decode(setting: Setting, parts: Parts, rank: int) -> tuple[int, int, int]:
     """Tiles of one GPU, their operations, and bytes alive at the peak of its decoding.
 
-    In the rounds of `decode.py`: the first rank has the largest tile of each, and keeps the frames
-    of all rounds before; the others keep none.
+    Follows the rounds of `decode.py`: the first rank has the largest tile of each, and keeps the
+    frames of all earlier rounds; the others keep none.
     """
     channels = Sizes.of(parts.transformer).channels
     tiling = plan_tiles(parts.vae, (1, channels, *setting.latent_shape))
@@ -345,7 +345,7 @@ def check_fit(setting: Setting, model: str | None = None) -> Plan:
 
     Raises:
         FitError: it needs more memory than a GPU has; the message says which GPU, and for what.
-        PlanError: a setting that makes no sense.
+        PlanError: the setting is invalid.
         LayoutError: attention heads that cannot be split over so many GPUs.
     """
     plan = make_plan(setting, build_parts(model))
