@@ -84,8 +84,8 @@ def said(served: Served, text: str) -> bool:
 
 
 def test_a_rank_killed_at_any_step_of_64(shared: Served) -> None:
-    """A rank is killed (SIGKILL) at any of 64 steps: its job goes on, on any slot of the same kind,
-    at most 8 steps are done twice, and the frames are those of an undisturbed run."""
+    """A rank is killed (SIGKILL) at any of 64 steps: its job resumes on any slot with the same
+    layout, at most 8 steps are repeated, and the frames are those of an undisturbed run."""
     expected = undisturbed(shared)
     for step in (3, 20, 40):
         poll(lambda: len(shared.pids()) == 2, "both slots")
@@ -100,7 +100,7 @@ def test_a_rank_killed_at_any_step_of_64(shared: Served) -> None:
 
 
 def test_a_disk_that_takes_no_checkpoint(shared: Served) -> None:
-    """The disk takes no checkpoints: the job is made without."""
+    """The disk accepts no checkpoints: the job is made without them."""
     expected = undisturbed(shared)
     folder = shared.data_dir / "checkpoints"
     folder.rmdir()
@@ -114,8 +114,8 @@ def test_a_disk_that_takes_no_checkpoint(shared: Served) -> None:
 
 
 def test_the_server_killed_in_mid_run(serve: Serve) -> None:
-    """The server is killed (SIGKILL) or told to end (SIGTERM) in mid-run: the job goes on from its
-    checkpoint to the same frames, and no attempt is counted."""
+    """The server is killed (SIGKILL) or stopped (SIGTERM) in mid-run: the job resumes from its
+    checkpoint, makes the same frames, and no attempt is counted."""
     served = serve(**QUICK, MOCHI_DRAIN_SECONDS="0.1").ready()
     expected = undisturbed(served)
     job_id = ask(served)
@@ -133,8 +133,8 @@ def test_the_server_killed_in_mid_run(serve: Serve) -> None:
 
 
 def test_torn_and_foreign_checkpoints(serve: Serve) -> None:
-    """A checkpoint is torn, or is another job's: it is removed, and the job begins anew, to the
-    frames of an undisturbed run."""
+    """A checkpoint is truncated, or belongs to another job: it is removed, and the job starts over
+    and makes the frames of an undisturbed run."""
     served = serve(**QUICK, MOCHI_SLOTS="cpu;cpu").ready()
     expected = [undisturbed(served, seed=seed) for seed in (7, 8)]
     torn, foreign = ask(served, seed=7), ask(served, seed=8)
@@ -156,8 +156,8 @@ def test_torn_and_foreign_checkpoints(serve: Serve) -> None:
 
 
 def test_a_checkpoint_of_another_layout_and_of_other_options(serve: Serve) -> None:
-    """The slots are laid out otherwise, or compute otherwise, when the server comes back: a
-    checkpoint of before is removed, and the job begins anew."""
+    """The server comes back with another slot layout or other options: the old checkpoint is
+    removed, and the job starts over."""
     served = serve(**QUICK, MOCHI_DTYPE="bfloat16").ready()
     job_id = ask(served)
     killed_in_the_middle(served, job_id)
@@ -172,8 +172,8 @@ def test_a_checkpoint_of_another_layout_and_of_other_options(serve: Serve) -> No
 
 
 def test_a_poison_job(serve: Serve) -> None:
-    """Two slots die of a job without a new checkpoint in between, the server restarting meanwhile:
-    it fails and says where and why; the others are made."""
+    """Two slots die of a job without a new checkpoint in between, with a server restart between the
+    deaths: the job fails and says where and why; the others are made."""
     served = serve("ok", **QUICK | {"MOCHI_RESTART_BACKOFF_MAX": "600"}, MOCHI_SLOTS="cpu;cpu")
     served.ready()
     before = served.call("submit_job", prompt="slow", num_inference_steps=40)

@@ -19,8 +19,8 @@ LIFE = ["PENDING", "PROCESSING", "COMPLETED"]
 
 
 def test_pages_beside_a_long_queue(serve: Serve, tmp_path: Path) -> None:
-    """1,000 jobs wait and one runs: a page is told of every change of the jobs that it shows in at
-    most 15 KB a second, a hidden one in 3 KB."""
+    """1,000 jobs wait and one runs: a page receives every change of the jobs it shows in at most 15
+    KB a second, a hidden one in 3 KB."""
     jobs = records.queue_up(tmp_path / "data", 1001, "slow pictured")
     served = serve("ok", MOCHI_MAX_PENDING="1100").ready()
     asyncio.run(watch_the_first(served, jobs))
@@ -53,8 +53,8 @@ async def watch_the_first(served: Served, jobs: list[str]) -> None:
 
 
 def test_a_storm_of_changes(serve: Serve, tmp_path: Path) -> None:
-    """Jobs of 2,000 characters come to their end many times a second, and each moves the places of
-    all that wait: a page is told so at its pace, and how each of its jobs ends."""
+    """Jobs with prompts of 2,000 characters end many times a second, each changing the positions of
+    all waiting jobs: a page hears of it at its own pace, and of how each of its jobs ends."""
     jobs = records.queue_up(tmp_path / "data", 150, "word " * 400, num_inference_steps=2)
     served = serve("ok", MOCHI_MAX_PENDING="1100").ready()
     asyncio.run(watch_all(served, jobs))

@@ -56,9 +56,10 @@ def put_back(path: Path, number: int) -> bool:
 
 
 def test_the_data_folder_is_moved_away(serve: Serve) -> None:
-    """The data folder is moved away under the running server, with or without an empty one in its
-    place: whatever is to be kept is refused with the reason, nothing is written into the empty one,
-    and once the folder is back the server goes on, and what was finished meanwhile is kept."""
+    """The data folder is moved away while the server runs, with or without an empty one in its
+    place: whatever would need saving is refused with the reason, nothing is written to the empty
+    folder, and once the original is back the server recovers and what was finished meanwhile is
+    saved."""
     served = serve("ok").ready()
     data, away = served.data_dir, served.data_dir.with_name("away")
     kept = made(served)
@@ -113,8 +114,9 @@ def unmount(folder: Path) -> None:
 
 
 def test_the_data_folder_is_unmounted(serve: Serve, mount: Mount, tmp_path: Path) -> None:
-    """The disk of the data folder is unmounted under the running server: jobs are refused with the
-    reason, nothing is written where it was, and once it is mounted again the server goes on."""
+    """The disk of the data folder is unmounted while the server runs: jobs are refused with the
+    reason, nothing is written to the mount point, and once it is mounted again the server
+    recovers."""
     data, disk = tmp_path / "data", tmp_path / "disk"
     data.mkdir()
     disk.mkdir()
@@ -136,9 +138,9 @@ def test_the_data_folder_is_unmounted(serve: Serve, mount: Mount, tmp_path: Path
 
 
 def test_the_history_is_replaced(serve: Serve) -> None:
-    """The folder of the history, its database or its write-ahead log is replaced, removed or given
-    another's place under the running server: nothing more is accepted, and once it is back the
-    server goes on; nothing that was accepted is lost."""
+    """The folder of the history, its database or its write-ahead log is replaced, removed or
+    swapped with another while the server runs: nothing more is accepted, and once it is back the
+    server recovers; nothing that was accepted is lost."""
     served = serve("ok").ready()
     known = {made(served)["id"]}
     for name in ("history", "history/cache.db", "history/cache.db-wal"):
@@ -162,8 +164,8 @@ def test_the_history_is_replaced(serve: Serve) -> None:
 
 
 def test_the_write_ahead_log_is_removed(serve: Serve) -> None:
-    """The history's write-ahead log is removed for good under the running server: nothing more is
-    accepted, and all that was accepted is there at the next start, even after SIGKILL."""
+    """The history's write-ahead log is removed for good while the server runs: nothing more is
+    accepted, and everything that was accepted is there at the next start, even after SIGKILL."""
     served = serve("ok").ready()
     known = {made(served)["id"] for _ in range(2)}
     (served.data_dir / "history" / "cache.db-wal").unlink()
@@ -175,8 +177,8 @@ def test_the_write_ahead_log_is_removed(serve: Serve) -> None:
 
 
 def test_the_lock_file_is_removed(serve: Serve, tmp_path: Path) -> None:
-    """The lock file, or the sentinel of the history, is removed or replaced under the running
-    server: it puts its own back, goes on, and a second server is refused."""
+    """The lock file, or the sentinel of the history, is removed or replaced while the server runs:
+    the server puts its own back and goes on, and a second server is refused."""
     served = serve("ok").ready()
     known = {made(served)["id"]}
     for name in ("server.lock", "history/store.json"):
@@ -195,8 +197,8 @@ def test_the_lock_file_is_removed(serve: Serve, tmp_path: Path) -> None:
 
 
 def test_a_link_in_place_of_the_data_folder(serve: Serve) -> None:
-    """A link takes the data folder's place: one that leads to the same folder changes nothing, with
-    one to another folder nothing is accepted, and that folder stays as it was."""
+    """A symbolic link takes the data folder's place: a link to the same folder changes nothing;
+    with a link to another folder nothing is accepted, and that folder stays untouched."""
     served = serve("ok").ready()
     data, away, other = (served.data_dir.with_name(name) for name in ("data", "away", "other"))
     data.rename(away)
@@ -254,9 +256,10 @@ def harmed(folder: Path, harm: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", ["videos", "posters", "scratch", "scratch/0"])
 def test_a_folder_of_outputs_is_unusable(serve: Serve, name: str) -> None:
-    """`videos/`, `posters/` or `scratch/` is removed, read-only, immutable, or something else has
-    its place: no job fails, none is begun, page, API and /healthz say why, a finished video is kept
-    and filed, and the server goes on by itself; a removed folder it makes again."""
+    """`videos/`, `posters/` or `scratch/` is removed, read-only, immutable, or replaced by
+    something else: no job fails and none is started, page, API and /healthz give the reason, a
+    finished video is kept and filed later, and the server recovers by itself, recreating a removed
+    folder."""
     served = serve("ok").ready()
     folder = served.data_dir / name
     for harm in HARMS:
@@ -289,9 +292,9 @@ def test_a_folder_of_outputs_is_unusable(serve: Serve, name: str) -> None:
 
 
 def test_a_disk_that_refuses_to_file_a_video(serve: Serve, tmp_path: Path) -> None:
-    """The disk refuses to take a finished video, with whatever error of its own: the job waits with
-    the reason, /healthz says so, no other job begins, and the video is filed once it is taken,
-    computed once."""
+    """The disk refuses a finished video, with any of its errors: the job waits and says why,
+    /healthz says so, no other job starts, and the video is filed as soon as the disk accepts it,
+    without being made again."""
     flag = tmp_path / "harm"
     served = serve("ok", FAULTS_FILING=str(flag)).ready()
     for number in ("EROFS", "EPERM", "EACCES", "ENOENT", "ENOTDIR", "ESTALE", "EIO", "ELOOP"):
@@ -312,8 +315,8 @@ def test_a_disk_that_refuses_to_file_a_video(serve: Serve, tmp_path: Path) -> No
 
 
 def test_an_error_of_the_job_itself_still_fails_it(serve: Serve, tmp_path: Path) -> None:
-    """A finished video cannot be kept for a reason that is not the disk's: the job fails and says
-    so, and the next one is made."""
+    """A finished video cannot be saved for a reason other than the disk: the job fails and says so,
+    and the next one is made."""
     flag = tmp_path / "harm"
     flag.write_text("ENAMETOOLONG")
     served = serve("ok", FAULTS_FILING=str(flag)).ready()
@@ -326,7 +329,7 @@ def test_an_error_of_the_job_itself_still_fails_it(serve: Serve, tmp_path: Path)
 
 def test_finished_work_outlives_a_restart(serve: Serve, tmp_path: Path) -> None:
     """The server ends, by SIGTERM or SIGKILL, while a finished video waits to be filed: the next
-    start files it, and it is not made twice."""
+    start files it without making it again."""
     flag = tmp_path / "harm"
     for end in (Served.terminate, Served.kill):
         flag.write_text("EROFS")
@@ -346,8 +349,8 @@ def test_finished_work_outlives_a_restart(serve: Serve, tmp_path: Path) -> None:
 
 
 def test_a_finished_job_is_cancelled_while_it_waits(serve: Serve, tmp_path: Path) -> None:
-    """A job whose finished video waits to be filed is cancelled: it is CANCELLED, and nothing of it
-    stays."""
+    """A job whose finished video waits to be filed is cancelled: it becomes CANCELLED, and none of
+    its files remain."""
     flag = tmp_path / "harm"
     flag.write_text("EROFS")
     served = serve("ok", FAULTS_FILING=str(flag)).ready()
@@ -363,7 +366,8 @@ def test_a_finished_job_is_cancelled_while_it_waits(serve: Serve, tmp_path: Path
 
 def test_folders_that_no_video_needs(serve: Serve) -> None:
     """`checkpoints/`, `withheld/` or `backups/` is removed or unusable: jobs are made all the same,
-    a warning in /healthz says which, a delete that cannot be done is refused with the reason."""
+    a warning in /healthz names the folder, and a delete that is impossible is refused with the
+    reason."""
     served = serve("ok").ready()
     for name in ("checkpoints", "withheld", "backups"):
         for harm in HARMS:
@@ -382,8 +386,8 @@ def test_folders_that_no_video_needs(serve: Serve) -> None:
 
 
 def test_the_videos_are_on_a_disk_of_their_own(serve: Serve, mount: Mount, tmp_path: Path) -> None:
-    """`videos/` is a disk of its own, which is unmounted under the running server and mounted
-    again: no video is filed where the disk was, and the server goes on when it is back."""
+    """`videos/` is on a disk of its own, which is unmounted while the server runs and mounted
+    again: no video is filed to the mount point, and the server recovers when the disk is back."""
     disk, videos = tmp_path / "disk", tmp_path / "data" / "videos"
     disk.mkdir()
     videos.mkdir(parents=True)
@@ -408,8 +412,8 @@ def test_the_videos_are_on_a_disk_of_their_own(serve: Serve, mount: Mount, tmp_p
 
 
 def test_nothing_is_lost_when_the_folder_comes_and_goes(serve: Serve) -> None:
-    """Jobs are asked for without a pause while the data folder is moved away and back: each that
-    was accepted is known at the next start, and made once."""
+    """Jobs are submitted without pause while the data folder is moved away and back: each accepted
+    job is known at the next start, and made once."""
     served = serve("ok").ready()
     data, away = served.data_dir, served.data_dir.with_name("away")
     accepted: set[str] = set()

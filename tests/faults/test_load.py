@@ -60,8 +60,8 @@ def health(served: Served) -> httpx.Response:
 
 
 def test_a_flood_of_unread_posts_is_refused_and_costs_nobody_anything(serve: Serve) -> None:
-    """One client posts 5,000 calls and reads no answer: it is refused with 429 until it reads, and
-    the jobs and callers of others go on."""
+    """One client posts 5,000 calls and reads no answer: it gets 429 until it reads, and the jobs
+    and calls of others go on."""
     served = serve("ok", MOCHI_TRUSTED_PROXIES="127.0.0.1").ready()
     with waiting_caller(served):
         answers = asyncio.run(flood(served.url, 5000, forwarded_for=lambda _: "10.9.9.9"))
@@ -85,8 +85,8 @@ def all_jobs(served: Served) -> dict[str, Any] | None:
 
 
 def test_a_flood_from_thousands_of_addresses_is_kept_small(serve: Serve) -> None:
-    """2,500 addresses post one call each and read no answer: the oldest of them are dropped, and
-    the jobs and callers of others go on."""
+    """2,500 addresses post one call each and read no answer: the oldest calls are dropped, and the
+    jobs and calls of others go on."""
     served = serve("ok", MOCHI_TRUSTED_PROXIES="127.0.0.1").ready()
     with waiting_caller(served):
         answers = asyncio.run(flood(served.url, 2500, forwarded_for=pretended))
@@ -101,8 +101,8 @@ def pretended(number: int) -> str:
 
 
 def test_polling_however_often_is_no_harm(serve: Serve) -> None:
-    """2,200 calls from one address are read as they should be: none is refused, nobody who waits
-    for a long job loses its answer, and nothing of them stays in memory."""
+    """2,200 calls from one address are read properly: none is refused, nobody who waits for a long
+    job loses its answer, and none of them stays in memory."""
     served = serve("ok").ready()
     with waiting_caller(served):
         assert asyncio.run(flood(served.url, 200, read=True)).codes == {200: 200}
@@ -117,8 +117,8 @@ def test_polling_however_often_is_no_harm(serve: Serve) -> None:
 
 
 def test_a_dead_queue_comes_back_by_itself(serve: Serve, tmp_path: Path) -> None:
-    """The loop of Gradio's queue dies, again and again: /healthz is 503 and says so; what runs goes
-    on, and as soon as the loop lives everything that waited is done."""
+    """The loop of Gradio's queue dies repeatedly: /healthz is 503 and says so; running jobs go on,
+    and as soon as the loop is back everything that waited is done."""
     flag = tmp_path / "harm"
     served = serve("ok", FAULTS_QUEUE=str(flag)).ready()
     with waiting_caller(served):
@@ -142,8 +142,8 @@ def test_a_dead_queue_comes_back_by_itself(serve: Serve, tmp_path: Path) -> None
 
 
 def test_a_lost_ticket_is_noticed(serve: Serve, tmp_path: Path) -> None:
-    """Gradio's queue loses a ticket without a word, so that a slot and a job wait for each other:
-    it is noticed, and the job is made."""
+    """Gradio's queue silently loses a ticket, so that a slot and a job wait for each other: this is
+    noticed, and the job is made."""
     flag = tmp_path / "harm"
     served = serve("ok", FAULTS_QUEUE=str(flag)).ready()
     first, second = submit(served, "slow", 20), submit(served, "later")
@@ -156,8 +156,8 @@ def test_a_lost_ticket_is_noticed(serve: Serve, tmp_path: Path) -> None:
 
 
 def test_a_thousand_waiting_jobs_and_200_watchers(serve: Serve, tmp_path: Path) -> None:
-    """1,000 jobs wait and 200 clients watch: everybody hears of every step that is made, and one
-    job more is refused with the reason."""
+    """1,000 jobs wait and 200 clients watch: every client receives every step, and one more job is
+    refused with the reason."""
     records.queue_up(tmp_path / "data", 890, "slow")
     served = serve("ok", MOCHI_MAX_PENDING="1000").ready()
     asyncio.run(watch_in_crowds(served))
@@ -201,8 +201,9 @@ async def watch_in_crowds(served: Served) -> None:
 
 
 def test_silent_connections_lock_nobody_out(serve: Serve) -> None:
-    """A stranger opens more connections than the server may have files open, and sends nothing, or
-    half a request: others are answered, what runs is made, and the silent ones are closed."""
+    """A stranger opens more connections than the server may have open files, and sends nothing or
+    half a request: others are answered, running jobs are made, and the silent connections are
+    closed."""
     served = serve("ok", FAULTS_FILES="512", FAULTS_PATIENCE="5").ready()
     job = submit(served, "slow", 64)
     served.running(job["id"])
@@ -226,8 +227,8 @@ def test_silent_connections_lock_nobody_out(serve: Serve) -> None:
 
 
 def test_one_client_takes_the_live_page_from_nobody(serve: Serve) -> None:
-    """One client opens /events 600 times: it gets its share and 429 from then on, and the pages of
-    others hear everything."""
+    """One client opens /events 600 times: beyond its share it gets 429, and the pages of others
+    receive everything."""
     served = serve("ok", MOCHI_TRUSTED_PROXIES="127.0.0.1").ready()
     submit(served, "slow", 64)
     lines = [opened_page(served, "10.9.9.9") for _ in range(600)]
@@ -256,8 +257,8 @@ def opened_page(served: Served, address: str) -> socket.socket:
 
 
 def test_pages_that_never_read_cost_no_memory(serve: Serve, tmp_path: Path) -> None:
-    """20 pages open /events and read nothing while jobs run: the server keeps none of what they
-    were to hear, and a page that reads hears everything."""
+    """20 pages open /events and read nothing while jobs run: the server buffers nothing for them,
+    and a page that does read receives everything."""
     data, long = tmp_path / "data", "slow " + "word " * 390
     jobs = records.queue_up(data, 150, long)  # they run for minutes
     served = serve("ok", MOCHI_MAX_PENDING="200").ready()

@@ -109,8 +109,8 @@ def only_these_end(ending: list[Listener], others: list[Listener]) -> Iterator[N
 def test_an_account_ends_while_its_streams_are_open(
     serve: Callable[..., Served], team: Path, how: str
 ) -> None:
-    """An account is removed, or its password changed, while its page and its calls listen: their
-    streams end within 20 s, its jobs and other people's streams go on."""
+    """An account is removed, or its password changed, while its page and calls have open streams:
+    these streams end within 20 s, while its jobs and other people's streams go on."""
     served = serve("ok", MOCHI_AUTH_FILE=str(team)).ready()
     ann, bob = browser_of(served, "ann"), browser_of(served, "bob")
     others = streams(bob)
@@ -127,8 +127,8 @@ def test_an_account_ends_while_its_streams_are_open(
 
 
 def test_a_cookie_is_copied_before_its_logout(serve: Callable[..., Served], team: Path) -> None:
-    """A login's cookie is copied, and its owner logs out: the copy opens nothing, after a restart
-    neither, and its streams end within 20 s; the same person's other browsers stay logged in."""
+    """A login's cookie is copied, and its owner logs out: the copy gives no access, even after a
+    restart, and its streams end within 20 s; the same person's other browsers stay logged in."""
     served = serve("ok", MOCHI_AUTH_FILE=str(team)).ready()
     here, there = browser_of(served, "ann"), browser_of(served, "ann")
     copy = copy_of(here)
@@ -145,8 +145,8 @@ def test_a_cookie_is_copied_before_its_logout(serve: Callable[..., Served], team
 def test_the_clock_is_wrong_for_a_login(
     serve: Callable[..., Served], team: Path, tmp_path: Path
 ) -> None:
-    """The clock is set back or forward by hours: logins stay; once a login is a month old it and
-    its streams end."""
+    """The clock is set back or forward by hours: logins stay valid; once a login is a month old, it
+    and its streams end."""
     clock = tmp_path / "clock"
     served = serve("ok", MOCHI_AUTH_FILE=str(team), FAULTS_CLOCK=str(clock)).ready()
     ann = browser_of(served, "ann")
@@ -165,8 +165,8 @@ def test_the_clock_is_wrong_for_a_login(
 def test_the_clock_is_wrong_for_a_browser(
     serve: Callable[..., Served], tmp_path: Path, seconds: int
 ) -> None:
-    """The clock is set back by 3 s, by years, or forward, without a login: a browser keeps its name
-    and its jobs, whatever pages it opens meanwhile and after."""
+    """The clock is set back by 3 s, by years, or forward, without a login: a browser keeps its
+    identity and its jobs, whatever pages it opens during and after that."""
     clock = tmp_path / "clock"
     served = serve("ok", FAULTS_CLOCK=str(clock)).ready()
     browser = browser_of(served)
@@ -187,8 +187,8 @@ def test_the_clock_is_wrong_for_a_browser(
 
 
 def test_a_download_outlasts_its_login(serve: Callable[..., Served], team: Path) -> None:
-    """A slow download is under way when its login ends: it is cut off within 20 s, and not taken
-    for the whole file."""
+    """A slow download is under way when its login ends: it is cut off within 20 s, and the client
+    does not take it for the whole file."""
     served = serve("ok", MOCHI_AUTH_FILE=str(team)).ready()
     ann = browser_of(served, "ann")
     served.headers = {"cookie": "; ".join(f"{k}={v}" for k, v in ann.cookies.items())}

@@ -49,7 +49,7 @@ def fill(folder: Path, leave: int) -> Path:
 
 def test_a_job_waits_for_room_on_the_disk(small_disk: Path, serve: Serve) -> None:
     """The disk fills up before a job starts: the job waits, page, API and /healthz say why, new
-    jobs are refused, and it is made as soon as there is room."""
+    jobs are refused, and it is made as soon as there is space."""
     served = serve("ok").ready()
     first, second = submit(served, "slow", 40), submit(served, "waits")
     served.running(first["id"])
@@ -68,8 +68,8 @@ def test_a_job_waits_for_room_on_the_disk(small_disk: Path, serve: Serve) -> Non
 
 
 def test_a_disk_that_fills_up_while_a_video_is_written(small_disk: Path, serve: Serve) -> None:
-    """The disk is full when a video is written: the job waits for room and is made once more, by
-    the same processes, and nothing torn is left."""
+    """The disk is full when a video is written: the job waits for space and is made again by the
+    same processes, and no partial file is left."""
     served = serve("ok").ready()
     pids = served.pids()
     job = submit(served, "slow", 40, **LARGE)
@@ -89,8 +89,8 @@ def test_a_disk_that_fills_up_while_a_video_is_written(small_disk: Path, serve: 
 
 
 def test_accepted_jobs_cannot_overbook_the_disk(small_disk: Path, serve: Serve) -> None:
-    """Many jobs are asked for that fit the disk one by one, but not together: as many are accepted
-    as it takes, and all of these are made."""
+    """Many jobs are submitted that fit on the disk one by one, but not together: as many as fit are
+    accepted, and all of these are made."""
     served = serve("ok").ready()
     fill(small_disk, (256 << 20) + 3_500_000)  # six times what one of them reserves
     accepted: list[dict[str, Any]] = []
@@ -106,8 +106,8 @@ def test_accepted_jobs_cannot_overbook_the_disk(small_disk: Path, serve: Serve) 
 
 
 def test_the_server_dies_between_a_video_and_its_record(serve: Serve, tmp_path: Path) -> None:
-    """The server is killed when a video is in place and its record is not written: the next start
-    takes the video over, and nothing is made twice."""
+    """The server is killed when a video is in place but its record is not written: the next start
+    adopts the video, and nothing is made twice."""
     flag = tmp_path / "harm"
     flag.touch()
     served = serve("ok", FAULTS_VIDEO=str(flag)).ready()
@@ -125,8 +125,9 @@ def test_the_server_dies_between_a_video_and_its_record(serve: Serve, tmp_path: 
 
 
 def test_torn_files_are_swept_and_strangers_kept(serve: Serve) -> None:
-    """The server dies while files are half written, and files that are not its own lie among the
-    videos: at the next start what is torn goes, what is foreign stays and is not served."""
+    """The server dies while files are half written, and foreign files lie among the videos: the
+    next start removes the partial files, and leaves the foreign ones in place without serving
+    them."""
     served = serve("ok").ready()
     job = made(served)
     served.kill()
@@ -150,8 +151,8 @@ def test_torn_files_are_swept_and_strangers_kept(serve: Serve) -> None:
 
 
 def test_a_full_quota_spares_what_is_starred(serve: Serve) -> None:
-    """The quota is full: the oldest unstarred video makes room before a new one lands, and when all
-    are starred, new jobs are refused."""
+    """The quota is full: the oldest unstarred video makes way for a new one, and when all are
+    starred, new jobs are refused."""
     quota = 7 << 19  # bytes: two of these videos, and not one more
     served = serve("ok", MOCHI_QUOTA_GIB=str(quota / 2**30)).ready()
     videos = served.data_dir / "videos"
@@ -172,7 +173,7 @@ def test_a_full_quota_spares_what_is_starred(serve: Serve) -> None:
 
 
 def test_a_video_deleted_while_it_is_watched(serve: Serve) -> None:
-    """A video is deleted while somebody watches it: it plays to its end, and the next who asks gets
+    """A video is deleted while somebody watches it: it plays to the end, and the next request gets
     404."""
     served = serve("ok").ready()
     job = made(served, "a large one", **LARGE)
@@ -190,8 +191,9 @@ def test_a_video_deleted_while_it_is_watched(serve: Serve) -> None:
 
 
 def test_a_request_id_whose_job_is_in_the_trash(serve: Serve) -> None:
-    """A job is deleted, and its caller asks again with its request_id: refused with the id and the
-    call that takes it out of the trash; every other call says the same, and that call works."""
+    """A job is deleted, and its caller submits it again with the same request_id: refused with the
+    id and the call that restores it from the trash; every other call says the same, and that call
+    works."""
     served = serve("ok").ready()
     asked = {"prompt": "p", "request_id": "mine", "num_inference_steps": 2}
     job = served.ended(served.call("submit_job", **asked)["id"])
@@ -213,7 +215,7 @@ def test_a_request_id_whose_job_is_in_the_trash(serve: Serve) -> None:
 
 def test_a_video_that_vanished(serve: Serve) -> None:
     """Somebody removes a video's file by hand: page and API say that it is missing, also after a
-    restart, and the rest of the history is as it was."""
+    restart, and the rest of the history is unchanged."""
     served = serve("ok").ready()
     gone, other = made(served), made(served)
     (served.data_dir / "videos" / f"{gone['id']}.mp4").unlink()
@@ -236,7 +238,7 @@ def test_a_video_that_vanished(serve: Serve) -> None:
 
 def test_a_service_blanks_the_tags_of_a_video(serve: Serve) -> None:
     """A chat service blanks the tags of a video: prompt, seed and all parameters are read back from
-    its other place."""
+    a second place in the file."""
     served = serve("ok").ready()
     job = served.ended(served.call("submit_job", prompt="<all> & well", seed=5)["id"])
     path = served.data_dir / "videos" / job["video"]

@@ -52,8 +52,8 @@ def all_made_once(served: Served, job_ids: Sequence[str]) -> None:
 
 
 def test_a_polite_end_with_work_in_hand(serve: Serve) -> None:
-    """SIGTERM while a job runs and others wait: the server ends within seconds, no rank and no \
-lock stay behind, and the next start makes each job once, in order."""
+    """SIGTERM while a job runs and others wait: the server exits within seconds, leaves no rank and
+    no lock behind, and the next start makes each job once, in order."""
     served = serve("ok").ready()
     running, waiting = busy(served, steps=200)
     children = served.pids()
@@ -63,8 +63,8 @@ lock stay behind, and the next start makes each job once, in order."""
 
 
 def test_a_kill_with_work_in_hand(serve: Serve) -> None:
-    """SIGKILL while a job runs and others wait: no rank and no lock stay behind, and the next \
-start makes each job once, in order."""
+    """SIGKILL while a job runs and others wait: no rank and no lock stays behind, and the next
+    start makes each job once, in order."""
     served = serve("ok").ready()
     running, waiting = busy(served, steps=200)
     children = served.pids()
@@ -74,8 +74,8 @@ start makes each job once, in order."""
 
 
 def test_a_kill_right_after_a_cancel(serve: Serve) -> None:
-    """SIGKILL the moment a cancel of a running job was answered, before its slot has stopped: the \
-next start does not run it again, the job is CANCELLED; what waited is made."""
+    """SIGKILL right after the cancel of a running job was confirmed, before its slot has stopped:
+    the next start does not run it again, and it is CANCELLED; waiting jobs are made."""
     served = serve("ok").ready()
     running = served.call("submit_job", prompt="slowest", num_inference_steps=100)["id"]
     served.running(running)
@@ -89,8 +89,8 @@ next start does not run it again, the job is CANCELLED; what waited is made."""
 
 
 def test_a_kill_between_a_video_and_its_record(serve: Serve) -> None:
-    """SIGKILL when a video is in place and its record is not yet written: the next start adopts \
-the video; the job is not run again."""
+    """SIGKILL when a video is in place but its record is not yet written: the next start adopts the
+    video; the job is not run again."""
     served = serve("ok").ready()
     running, waiting = busy(served)
     database = served.data_dir / "history" / "cache.db"
@@ -108,8 +108,8 @@ the video; the job is not run again."""
 
 
 def test_an_end_while_the_model_loads(serve: Serve) -> None:
-    """SIGTERM while the model still loads and a job waits: the server ends within seconds, no \
-rank stays behind, the job is kept."""
+    """SIGTERM while the model is loading and a job waits: the server exits within seconds, no rank
+    stays behind, and the job is kept."""
     served = serve("never")
     job = served.call("submit_job", prompt="early", **QUICK)["id"]
     poll(lambda: served.slots()[0]["state"] == "loading", "the load")
@@ -120,8 +120,8 @@ rank stays behind, the job is kept."""
 
 
 def test_a_kill_right_after_a_submit(serve: Serve) -> None:
-    """SIGKILL the moment a submit has returned, and the caller asks again with its request_id: \
-the job is there, and it is one job."""
+    """SIGKILL right after a submit has returned, and the caller submits again with the same
+    request_id: the job is there, and there is only one."""
     served = serve("ok").ready()
     jobs = []
     for number in range(3):
@@ -134,8 +134,8 @@ the job is there, and it is one job."""
 
 
 def test_two_kills_in_a_row(serve: Serve) -> None:
-    """SIGKILL, and SIGKILL again while the next start recovers, and again when it runs: each job \
-is made once, in order."""
+    """SIGKILL, again while the next start recovers, and again when it runs: each job is made once,
+    in order."""
     served = serve("ok").ready()
     running, waiting = busy(served, steps=100)
     served.kill()
@@ -177,8 +177,8 @@ def watching(url: str, parameters: dict[str, Any], tabs: int = 3) -> Iterator[li
 
 
 def test_an_end_while_pages_are_open(serve: Serve) -> None:
-    """SIGTERM while pages and callers hold their streams open: the server ends within seconds all \
-the same, every stream ends, and the job is made by the next start."""
+    """SIGTERM while pages and callers hold streams open: the server still exits within seconds,
+    every stream ends, and the next start makes the job."""
     served = serve("ok").ready()
     asked = LONG | {"num_inference_steps": 100, "request_id": "watched"}
     with watching(served.url, asked) as heard:
@@ -203,8 +203,8 @@ SHORT = {"MOCHI_HEARTBEAT_TIMEOUT": "2", "MOCHI_STEP_TIMEOUT": "2"}
 
 
 def test_a_frozen_server(serve: Serve) -> None:
-    """The server is stopped (SIGSTOP) for longer than its ranks may be silent, and goes on: no \
-rank is killed, the job that ran is made at its first attempt."""
+    """The server is stopped (SIGSTOP) for longer than the heartbeat timeout, and continued: no rank
+    is killed, and the running job is made at its first attempt."""
     served = serve("ok", **SHORT).ready()
     running, waiting = busy(served, steps=150)
     ranks = served.pids()
@@ -214,8 +214,9 @@ rank is killed, the job that ran is made at its first attempt."""
 
 
 def test_a_frozen_machine(serve: Serve) -> None:
-    """Server and ranks are stopped together, as by a suspended machine or `docker pause`, for \
-longer than every deadline: no rank is killed, the job that ran is made at its first attempt."""
+    """Server and ranks are stopped together for longer than every deadline, as by a suspended
+    machine or `docker pause`: no rank is killed, and the running job is made at its first
+    attempt."""
     served = serve("ok", **SHORT).ready()
     running, waiting = busy(served, steps=150)
     ranks = served.pids()
@@ -237,7 +238,7 @@ def felled(served: Served, job_id: str, flag: Path, times: int = 1) -> None:
 
 def test_a_job_that_takes_the_server_down(serve: Serve, tmp_path: Path) -> None:
     """The server dies (SIGKILL) at each start of one job: after three deaths with no new checkpoint
-    in between it is held and says why, the others are made, and one call tries it again."""
+    in between the job is held and says why, the others are made, and one call retries it."""
     flag = tmp_path / "now"
     served = serve("ok").ready()
     asked = {"prompt": f"fell {flag}", "request_id": "bad", **QUICK}
@@ -276,8 +277,8 @@ def test_a_job_that_takes_the_server_down(serve: Serve, tmp_path: Path) -> None:
 
 
 def test_neighbours_of_a_job_that_takes_the_server_down(serve: Serve, tmp_path: Path) -> None:
-    """The server dies of a job while another runs beside it: from then on the two run one at a
-    time, the innocent one is made, and only the other is held."""
+    """A job kills the server while another runs beside it: from then on the two run one at a time,
+    the innocent one is made, and only the other is held."""
     flag = tmp_path / "now"
     served = serve("ok", MOCHI_SLOTS="cpu;cpu").ready()
     neighbour = served.call("submit_job", prompt="slow", num_inference_steps=150)["id"]
@@ -298,7 +299,7 @@ def test_neighbours_of_a_job_that_takes_the_server_down(serve: Serve, tmp_path: 
 
 
 def test_planned_ends_hold_no_job(serve: Serve) -> None:
-    """The server is told to end (SIGTERM) while a job runs, and killed before it has: the job is
+    """The server is stopped (SIGTERM) while a job runs, and killed before it has exited: the job is
     not blamed, however often that happens."""
     served = serve("ok", MOCHI_DRAIN_SECONDS="4").ready()
     job_id = served.call("submit_job", prompt="slowest", num_inference_steps=100)["id"]

@@ -72,8 +72,8 @@ def works(served: Served) -> None:
 
 
 def test_passwords_are_guessed_by_the_dozen(closed: Served) -> None:
-    """Passwords are guessed by the dozen from one address: ten are looked at, the others told to
-    wait; others log in and work on meanwhile."""
+    """Passwords are guessed by the dozen from one address: ten are checked, the others are told to
+    wait; meanwhile others log in and work."""
 
     def guess(number: int) -> int:
         form = {"username": "ann", "password": f"guess {number}"}
@@ -93,7 +93,8 @@ def test_passwords_are_guessed_by_the_dozen(closed: Served) -> None:
 
 
 def test_another_sites_page_posts(closed: Served) -> None:
-    """Another site's page posts with its visitor's login: refused, and it may read no answer."""
+    """Another site's page posts with its visitor's login: refused, and the page cannot read any
+    answer."""
     ann = as_user(closed, "ann")
     before = ann.call("list_jobs")["total"]
     for path in ("call/v2/submit_job", "queue/join", "component_server", "run/submit_job"):
@@ -110,7 +111,7 @@ def test_another_sites_page_posts(closed: Served) -> None:
 
 
 def test_a_cookie_is_forged(closed: Served) -> None:
-    """A login's cookie is forged, or altered to name an admin: it opens nothing."""
+    """A login's cookie is forged, or altered to name an admin: it gives no access."""
     name, _, value = as_user(closed, "ann").headers["cookie"].partition("=")
     payload, rest = value.split(".", 1)
     other_key = auth.serializer(b"x" * 32, "login").dumps(["ada", "0" * 16])
@@ -123,7 +124,7 @@ def test_a_cookie_is_forged(closed: Served) -> None:
 
 
 def test_a_ticket_is_forged(closed: Served) -> None:
-    """A ticket's header is forged to take a turn at a slot: refused, with a login and without."""
+    """A ticket's header is forged to take a turn at a slot: refused, with and without a login."""
     turn = f"{closed.url}/gradio_api/call/engine_turn"
     for secret in (b"", b"guess", "é".encode(), TOKEN.encode()):
         forged = (SECRET_HEADER.encode(), secret)
@@ -138,7 +139,7 @@ def test_a_ticket_is_forged(closed: Served) -> None:
 
 
 def test_an_endless_body(closed: Served) -> None:
-    """A body without an end is sent: refused after 256 KiB, and none of it is kept."""
+    """An endless request body is sent: refused after 256 KiB, and none of it is kept."""
 
     def endless() -> Iterator[bytes]:
         for _ in range(4000):
@@ -184,7 +185,8 @@ def canary() -> Iterator[tuple[str, list[str]]]:
 
 
 def test_paths_and_urls_are_slipped_in(closed: Served, canary: tuple[str, list[str]]) -> None:
-    """Paths and URLs are slipped into files, inputs and proxies: none is opened or asked for."""
+    """Paths and URLs are slipped into file requests, inputs and proxies: none is opened or
+    fetched."""
     url, asked = canary
     videos = closed.data_dir / "videos"
     (closed.data_dir / "outside.mp4").write_bytes(b"root:")
@@ -222,7 +224,7 @@ def test_paths_and_urls_are_slipped_in(closed: Served, canary: tuple[str, list[s
 
 
 def test_a_file_is_uploaded(closed: Served, tmp_path: Path) -> None:
-    """A file is uploaded: refused, whatever route it is sent to, and nothing of it is kept."""
+    """A file is uploaded: refused on every route, and nothing of it is kept."""
     for path in ("upload", "component_server", "process_recording", "call/submit_job"):
         answer = post(
             f"{closed.url}/gradio_api/{path}",
@@ -234,8 +236,8 @@ def test_a_file_is_uploaded(closed: Served, tmp_path: Path) -> None:
 
 
 def test_a_prompt_carries_markup_and_escapes(closed: Served) -> None:
-    """A prompt carries markup, terminal escapes, forged log lines and right-to-left marks: shown,
-    kept and written into the file as it is, and none of it reaches the log raw."""
+    """A prompt contains markup, terminal escapes, forged log lines and right-to-left marks: it is
+    shown, stored and written into the file unchanged, and never reaches the log unescaped."""
     prompt = (
         "fail <img src=x onerror=alert(1)> **bold** \x1b[2J\x1b]0;owned\x07\r\n"
         "2026-01-01 ERROR forged \u202etxt.exe\u202c $(id) ; # = \\ 'q' \"q\" \x9b31m"
@@ -263,8 +265,8 @@ def test_a_prompt_carries_markup_and_escapes(closed: Served) -> None:
 
 
 def test_a_user_stops_and_deletes_anothers_job(closed: Served) -> None:
-    """A user stops, deletes and purges another's job: refused with the owner's name; owner and
-    admin can."""
+    """A user stops, deletes and purges another user's job: refused with the owner's name; the owner
+    and admins can."""
     ann, bob, ada = (as_user(closed, name) for name in ("ann", "bob", "ada"))
     job = ann.call("submit_job", prompt="slow", **SMALL | {"num_inference_steps": 400})
     with pytest.raises(Refusal, match="only ann or an admin can cancel it"):
@@ -278,7 +280,7 @@ def test_a_user_stops_and_deletes_anothers_job(closed: Served) -> None:
 
 
 def test_an_account_is_removed(closed: Served) -> None:
-    """An account is removed while its owner is logged in: the next request stays outside."""
+    """An account is removed while its owner is logged in: the next request is refused."""
     path = closed.data_dir.parent / "accounts"
     accounts.add(path, "eve", "eve's password", admin=False)
     eve = as_user(closed, "eve")
@@ -288,9 +290,9 @@ def test_an_account_is_removed(closed: Served) -> None:
 
 
 def test_the_accounts_file_is_damaged(closed: Served) -> None:
-    """The accounts file gets a bad line while people are logged in, and loses one of them: /healthz
-    is 503 and says so, nobody new logs in, who is gone from it stays outside, the others go on, and
-    it is believed again once it is mended."""
+    """The accounts file gets a bad line, and loses an account, while people are logged in: /healthz
+    is 503 and says so, nobody can log in, the removed person is locked out, the others go on, and
+    the file is used again once it is fixed."""
     path = closed.data_dir.parent / "accounts"
     ann, bob = as_user(closed, "ann"), as_user(closed, "bob")
     sound = path.read_text()
@@ -310,8 +312,8 @@ def test_the_accounts_file_is_damaged(closed: Served) -> None:
 
 
 def test_another_browser_stops_a_job(serve: Callable[..., Served]) -> None:
-    """Without a login, another browser stops or deletes one's job: refused, and told where one
-    can."""
+    """Without a login, another browser stops or deletes somebody's job: refused, with a hint where
+    it is possible."""
     served = serve("ok").ready()
     mine, theirs = (httpx.Client(base_url=served.url, timeout=DEADLINE) for _ in range(2))
     for browser in (mine, theirs):
@@ -330,8 +332,8 @@ def test_another_browser_stops_a_job(serve: Callable[..., Served]) -> None:
 
 
 def test_a_site_gives_its_own_name_this_address(serve: Callable[..., Served]) -> None:
-    """Without a login, a site gives its own name this server's address (DNS rebinding): its page
-    reads nothing and submits nothing."""
+    """Without a login, a site points its own name at this server's address (DNS rebinding): its
+    page reads nothing and submits nothing."""
     served = serve("ok").ready()
     own = {"host": "evil.example:7860", "origin": "http://evil.example:7860"}
     for headers in (own, own | {"x-forwarded-host": "localhost"}):

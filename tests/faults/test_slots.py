@@ -71,9 +71,8 @@ def refuses_health(served: Served) -> bool:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
 def test_a_rank_ends_in_mid_step(ready: Served, how: signal.Signals) -> None:
-    """A rank ends in mid-step by SIGKILL, by a segmentation fault, by an abort: its job is made
-    all the same, by one retry; the other slot's processes stay and its job has no retry.
-    """
+    """A rank dies in mid-step by SIGKILL, a segmentation fault or an abort: its job is made after
+    one retry; the other slot's processes stay, and its job needs no retry."""
     harmed = start(ready, "slow")
     spared = start(ready, "slow")
     assert harmed["slot"] != spared["slot"]
@@ -88,8 +87,7 @@ def test_a_rank_ends_in_mid_step(ready: Served, how: signal.Signals) -> None:
 
 def test_a_rank_is_frozen(ready: Served) -> None:
     """A rank is frozen (SIGSTOP) in mid-step: it is replaced when its heartbeat fails, and its job
-    is made by one retry.
-    """
+    is made after one retry."""
     slot = start(ready, "slow")
     os.kill(slot["pids"][0], signal.SIGSTOP)
     ended = ready.ended(slot["job_id"])
@@ -99,9 +97,8 @@ def test_a_rank_is_frozen(ready: Served) -> None:
 
 
 def test_a_job_hangs(ready: Served) -> None:
-    """A job hangs while its process lives: it is ended at its deadline, tried once more, and then
-    fails with the cause; other jobs are made meanwhile and afterwards.
-    """
+    """A job hangs while its process lives: it is ended at its deadline, retried once, and then
+    fails with the cause; other jobs are made meanwhile and afterwards."""
     slot = start(ready, "hang")
     other = ready.call("submit_job", prompt="p")
     assert ready.ended(other["id"])["status"] == "COMPLETED"
@@ -112,9 +109,8 @@ def test_a_job_hangs(ready: Served) -> None:
 
 
 def test_a_cancel_that_is_not_heard(ready: Served) -> None:
-    """A cancel of a job that does not listen: the slot is killed, the job is CANCELLED, and the
-    device takes the next one.
-    """
+    """A job does not react to its cancel: the slot is killed, the job is CANCELLED, and the device
+    takes the next one."""
     slot = start(ready, "hang")
     ready.call("cancel_job", job_id=slot["job_id"])
     assert ready.ended(slot["job_id"])["status"] == "CANCELLED"
@@ -124,16 +120,15 @@ def test_a_cancel_that_is_not_heard(ready: Served) -> None:
 
 @pytest.mark.parametrize("what", ["garbage", "half"])
 def test_a_rank_breaks_the_protocol(ready: Served, tmp_path: Path, what: str) -> None:
-    """A rank sends garbage, or half a message and no more: it is replaced, and its job is made by
-    one retry.
-    """
+    """A rank sends garbage, or half a message and nothing more: it is replaced, and its job is made
+    after one retry."""
     prompt = f"{what} once {tmp_path / 'flag'}"
     ended = ready.ended(ready.call("submit_job", prompt=prompt)["id"])
     assert (ended["status"], ended["attempts"]) == ("COMPLETED", 2)
 
 
 def test_a_message_of_an_earlier_start_arrives(ready: Served) -> None:
-    """A message of an earlier start of the slot arrives late: it is ignored."""
+    """A message from an earlier start of the slot arrives late: it is ignored."""
     ended = ready.ended(ready.call("submit_job", prompt="late")["id"])
     assert (ended["status"], ended["attempts"]) == ("COMPLETED", 1)
     assert ended["hashes"]["frames"]
@@ -141,7 +136,7 @@ def test_a_message_of_an_earlier_start_arrives(ready: Served) -> None:
 
 
 def test_a_video_does_not_fit_the_memory(ready: Served) -> None:
-    """A GPU runs out of memory: the job fails with advice, the slot of one rank stays as it is."""
+    """A GPU runs out of memory: the job fails with advice, and a slot of one rank keeps running."""
     blocking = start(ready, "slow", 40)  # one slot is taken, whichever it is
     before = {slot["slot"]: slot["pids"] for slot in ready.slots()}
     ended = ready.ended(ready.call("submit_job", prompt="memory")["id"])
@@ -155,8 +150,7 @@ def test_a_video_does_not_fit_the_memory(ready: Served) -> None:
 
 def test_a_device_is_poisoned(ready: Served) -> None:
     """A CUDA error leaves a device unusable: its processes are replaced; the job fails after a
-    second try, the next one is made.
-    """
+    second try, and the next one is made."""
     restarts = sum(slot["restarts"] for slot in ready.slots())
     ended = ready.ended(ready.call("submit_job", prompt="poison")["id"])
     assert ended["status"] == "FAILED"
@@ -170,9 +164,9 @@ def test_a_device_is_poisoned(ready: Served) -> None:
     [("import-error", "libcudart"), ("exits", "exited with code 7"), ("fails", "truncated")],
 )
 def test_ranks_do_not_come_up(serve: Callable[..., Served], behaviour: str, cause: str) -> None:
-    """Ranks end at import, at load, by an error of the model: the slot is broken after a few
-    deaths, says why on page and /healthz (503), and is retried slowly; jobs are taken and wait.
-    """
+    """Ranks die at import, while loading, or of an error in the model: after a few deaths the slot
+    counts as broken, the page and /healthz (503) say why, and it is retried slowly; jobs are
+    accepted and wait."""
     served = serve(behaviour, MOCHI_BROKEN_AFTER="2", **QUICK)
     poll(lambda: served.slots()[0]["state"] == "broken", "a broken slot")
     assert cause in detail(served)
@@ -183,7 +177,7 @@ def test_ranks_do_not_come_up(serve: Callable[..., Served], behaviour: str, caus
 
 
 def test_a_model_takes_too_long_to_load(serve: Callable[..., Served]) -> None:
-    """A model does not load within its limit: the slot is started anew and says so."""
+    """A model does not load within its time limit: the slot is restarted and says so."""
     served = serve("never", MOCHI_LOAD_TIMEOUT="1", MOCHI_BROKEN_AFTER="1", **QUICK)
     poll(lambda: "did not load within 1 seconds" in detail(served), "the cause")
     assert refuses_health(served)
@@ -191,8 +185,7 @@ def test_a_model_takes_too_long_to_load(serve: Callable[..., Served]) -> None:
 
 def test_weights_are_corrupt_and_then_mended(serve: Callable[..., Served], tmp_path: Path) -> None:
     """Weights are truncated: the slot is broken and names the file, without the server's folders;
-    when the file is whole again, the jobs that waited are made without a restart.
-    """
+    when the file is whole again, the waiting jobs are made without a restart of the server."""
     model = tmp_path / "model"
     shutil.copytree(TINY, model)
     os.truncate(model / WEIGHTS, 1000)

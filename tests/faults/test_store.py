@@ -90,8 +90,9 @@ def restored(data_dir: Path, serve: Serve) -> list[dict[str, Any]]:
 
 
 def test_a_full_disk_refuses_jobs_and_loses_none(small_disk: Path, serve: Serve) -> None:
-    """The history's disk is full while jobs run and wait: new jobs are refused with the reason, \
-the server stays up, and once there is room it goes on by itself; nothing is lost or done twice."""
+    """The history's disk is full while jobs run and wait: new jobs are refused with the reason, the
+    server stays up, and once there is space it recovers by itself; nothing is lost or done
+    twice."""
     served = serve("ok").ready()
     running = served.call("submit_job", prompt="slow", num_inference_steps=40)["id"]
     waiting = served.call("submit_job", prompt="waits", **QUICK)["id"]
@@ -120,8 +121,8 @@ the server stays up, and once there is room it goes on by itself; nothing is los
 def test_a_start_on_a_full_disk_is_refused_and_harms_nothing(
     small_disk: Path, serve: Serve
 ) -> None:
-    """The server is killed and started again while its disk is full: it refuses to start with one \
-line that says so, and once there is room it goes on where it was."""
+    """The server is killed and restarted while its disk is full: it refuses to start with one line
+    that says so, and once there is space it continues where it was."""
     served = serve("ok").ready()
     job = served.call("submit_job", prompt="slow", num_inference_steps=100)["id"]
     served.running(job)
@@ -136,8 +137,8 @@ line that says so, and once there is room it goes on where it was."""
 
 
 def test_a_read_only_folder_is_told(harmed: Path, serve: Serve) -> None:
-    """The data folder is read-only: the server refuses to start with one line that says so; a \
-check still answers."""
+    """The data folder is read-only: the server refuses to start with one line that says so; `check`
+    still works."""
     mounted("--bind", harmed, harmed)
     try:
         mounted("-o", "remount,bind,ro", harmed)
@@ -177,8 +178,9 @@ def held(database: Path) -> Iterator[None]:
 
 
 def test_another_program_holds_the_database(serve: Serve, tmp_path: Path) -> None:
-    """Another program locks the database of a running server: jobs are refused with the reason, \
-the page still answers, and once the lock is gone what ran is recorded, done once."""
+    """Another program locks the database of a running server: jobs are refused with the reason, the
+    page still answers, and once the lock is released the finished job is recorded, made only
+    once."""
     served = serve("ok").ready()
     job = served.call("submit_job", prompt="slow", num_inference_steps=20)["id"]
     served.running(job)
@@ -195,15 +197,16 @@ the page still answers, and once the lock is gone what ran is recorded, done onc
 
 
 def test_another_program_holds_the_database_at_the_start(harmed: Path, serve: Serve) -> None:
-    """Another program holds the database when the server starts: it refuses with one line."""
+    """Another program locks the database when the server starts: it refuses to start with one
+    line."""
     with held(harmed / "history" / "cache.db"):
         assert "locked; close the other program" in refused_start(harmed)
     assert serve("ok").call("list_jobs")["total"] == 3
 
 
 def test_a_second_server_is_refused(serve: Serve, tmp_path: Path) -> None:
-    """A second server, or a restore, is started on the data folder of a running one: it is \
-refused and names the first one's process; a check and a backup go on beside it."""
+    """A second server, or a restore, is started on the data folder of a running one: it is refused
+    and names the first one's process; `check` and `backup` still work."""
     served = serve("ok").ready()
     job = served.call("submit_job", prompt="slow", num_inference_steps=60)["id"]
     served.running(job)
@@ -220,8 +223,9 @@ refused and names the first one's process; a check and a backup go on beside it.
 
 
 def test_an_emptied_database(harmed: Path, serve: Serve) -> None:
-    """The database is found with zero bytes: never an empty history; the server refuses to start \
-and names the restore, which brings back the backup, and newer jobs from their videos."""
+    """The database is found with zero bytes: never treated as an empty history; the server refuses
+    to start and names the restore command, which brings back the backup, and newer jobs from their
+    videos."""
     (harmed / "history" / "cache.db").write_bytes(b"")
     said = refused_start(harmed)
     assert "missing, empty, or not the history" in said
@@ -231,8 +235,8 @@ and names the restore, which brings back the backup, and newer jobs from their v
 
 
 def test_a_cut_database(harmed: Path) -> None:
-    """The database is cut in half: the server refuses to start and names the restore; a restore \
-keeps the damaged file aside."""
+    """The database is cut in half: the server refuses to start and names the restore command, which
+    keeps the damaged file aside."""
     path = harmed / "history" / "cache.db"
     left = path.read_bytes()[: path.stat().st_size // 2]
     path.write_bytes(left)
@@ -245,8 +249,8 @@ keeps the damaged file aside."""
 
 
 def test_garbage_in_the_database(harmed: Path) -> None:
-    """Pages in the middle of the database are garbage: the server refuses to start and names the \
-restore, and so does a check."""
+    """Pages in the middle of the database are garbage: the server refuses to start and names the
+    restore command, and so does `check`."""
     path = harmed / "history" / "cache.db"
     content = bytearray(path.read_bytes())
     middle = len(content) // 2 // 4096 * 4096
@@ -257,8 +261,8 @@ restore, and so does a check."""
 
 
 def test_a_changed_record(harmed: Path) -> None:
-    """One byte of one record is another, in a database that SQLite finds sound: the server \
-refuses to start and names the record."""
+    """One byte of one record has changed in a database that SQLite finds intact: the server refuses
+    to start and names the record."""
     path = harmed / "history" / "cache.db"
     content = path.read_bytes()
     assert content.count(b'"prompt":"two"') == 1
@@ -267,8 +271,8 @@ refuses to start and names the record."""
 
 
 def test_a_lost_write_ahead_log(serve: Serve, tmp_path: Path) -> None:
-    """A server is killed and its cache.db-wal is lost, cache.db being intact: never a history \
-that silently lacks its newest jobs; the server refuses to start, a restore adopts them."""
+    """A server is killed and its cache.db-wal is lost, but cache.db is intact: never a history that
+    silently lacks its newest jobs; the server refuses to start, and a restore adopts these jobs."""
     jobs = []
     for number in range(3):
         served = serve("ok").ready()
@@ -287,8 +291,8 @@ that silently lacks its newest jobs; the server refuses to start, a restore adop
 
 
 def test_an_old_backup_runs_no_finished_job_again(serve: Serve, tmp_path: Path) -> None:
-    """The history is lost and its newest backup is from when jobs still ran and waited: what has \
-its video is adopted, the rest is made, nothing is made twice."""
+    """The history is lost and its newest backup dates from when jobs were running and waiting: jobs
+    that have a video are adopted, the rest are made, and nothing is made twice."""
     served = serve("ok").ready()
     first = served.call("submit_job", prompt="slow", num_inference_steps=40)["id"]
     second = served.call("submit_job", prompt="waits", **QUICK)["id"]
@@ -316,7 +320,7 @@ its video is adopted, the rest is made, nothing is made twice."""
 
 
 def test_a_backup_that_does_not_fit(small_disk: Path, serve: Serve) -> None:
-    """There is no room for a backup: a warning in /healthz, and the server goes on."""
+    """There is no space for a backup: /healthz shows a warning, and the server goes on."""
     mounted("-t", "tmpfs", "-o", "size=1m", "tmpfs", made(small_disk / "backups"))
     try:
         served = serve("ok").ready()
