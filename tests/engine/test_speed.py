@@ -221,27 +221,30 @@ def lora_of(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "nearer"),
     [
-        "fp8",
-        pytest.param("int8", marks=needs_torchao),
-        pytest.param("compile", marks=pytest.mark.slow),
+        ("fp8", 0.5),
+        pytest.param("int8", 0.5, marks=needs_torchao),
+        pytest.param("compile", 0.0, marks=pytest.mark.slow),
     ],
 )
-def test_adapters_come_and_go_after_the_options(name: str, engine_with: Optioned) -> None:
+def test_adapters_come_and_go_after_the_options(
+    name: str, nearer: float, engine_with: Optioned
+) -> None:
+    """`nearer` is how far the frames may be from what is wanted, in ways of the adapter."""
     adapted = build(SpeedOptions())
     transformer_of(adapted).load_lora_adapter(lora_of(transformer_of(adapted)), prefix=None)
     wanted = frames_of(adapted)
     engine, first = engine_with(name)
     transformer = transformer_of(engine)
+    bare = {name: weight.dtype for name, weight in transformer.named_parameters()}
     with speed.uncast(transformer):
         transformer.load_lora_adapter(lora_of(transformer), prefix=None)
     error = difference(frames_of(engine), wanted)
     transformer.unload_lora()
     assert new_graphs(lambda: np.testing.assert_array_equal(frames_of(engine), first)) == 0
-    assert error == 0 if name == "compile" else error < difference(wanted, first) / 2, error
-    if name == "fp8":
-        assert transformer.transformer_blocks[2].ff.net[2].weight.dtype is torch.float8_e4m3fn
+    assert error <= nearer * difference(wanted, first), error
+    assert {name: weight.dtype for name, weight in transformer.named_parameters()} == bare
 
 
 # Refusals.
