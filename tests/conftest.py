@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mochi_app.store.media import MediaStore
 from mochi_app.studio.studio import Studio
 from tests.clocks import Clock
 from tests.people import cheap
+from tests.serving import Served
 
 
 @pytest.fixture
@@ -97,6 +98,14 @@ def quick_settings(**overrides: Any) -> Settings:
     if isinstance(overrides.get("slots"), str):
         overrides["slots"] = parse_slots(overrides["slots"])
     return load_settings(**(quick | overrides))
+
+
+@pytest.fixture(scope="session")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A real server over the embedded model, for all tests that leave it as they found it."""
+    served = Served(tmp_path_factory.mktemp("app") / "data").start().ready()
+    yield served
+    served.end()
 
 
 @pytest.fixture

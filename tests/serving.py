@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,11 +22,18 @@ from mochi_app.files import PROJECT_DIR
 DEADLINE = 60.0  # seconds
 
 
+# Below those that the system takes for connections: what is free stays free until it is used. They
+# are drawn, so that tests which run at the same time hardly ever find the same one.
+PORTS = range(10_000, 32_000)
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError(f"no free port among a hundred of {PORTS}")
 
 
 def poll(condition: Callable[[], Any], what: str, deadline: float = DEADLINE) -> Any:

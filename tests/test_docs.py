@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +110,6 @@ def missing_files(path: Path) -> list[str]:
         for name in names
         if not any((root / name).exists() for root in (PROJECT_DIR, PROJECT_DIR / "mochi_app"))
     ]
-
-
-@pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = Served(tmp_path_factory.mktemp("readme") / "data").start()
-    yield served
-    served.end()
 
 
 def test_the_settings_table_is_the_declarations() -> None:

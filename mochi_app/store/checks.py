@@ -22,6 +22,7 @@ from mochi_app.store.job_index import JobIndex, RequestKey
 DATABASE, SENTINEL = diskcache.core.DBNAME, "store.json"
 JOB, REQUEST, META = "job:", "request:", "meta"
 JOB_END = "job;"  # ";" comes after ":"
+SCHEMA = 1  # of the rows; a `meta` that names none has this one
 SENTINEL_BYTES = 256  # fixed length: overwritten in place, which needs no free space
 
 Record = dict[str, Any]
@@ -229,10 +230,18 @@ def read_meta(database: sqlite3.Connection, folder: Path) -> Record:
     """Identity of the store and its count of changes; {} when it has none.
 
     Raises:
-        HistoryError: the row is not as it was written.
+        HistoryError: the row is not as it was written, or tells of a later version.
     """
     meta = dict(read_rows(database, folder, "key = ?", META)).get(META)
-    return meta if isinstance(meta, dict) and isinstance(meta.get("store"), str) else {}
+    if not isinstance(meta, dict) or not isinstance(meta.get("store"), str):
+        return {}
+    schema = meta.get("schema", SCHEMA)
+    if schema != SCHEMA:
+        raise HistoryError(
+            f"history of schema {safe_repr(schema)}: this version reads up to {SCHEMA}; use the"
+            f" version that wrote it, or {RESTORE}"
+        )
+    return meta
 
 
 def uptime_of(meta: Record) -> float:

@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from mochi_app.engine import checkpoint, start
-from mochi_app.engine.checkpoint import Checkpoint, CheckpointWriter
+from mochi_app.engine.checkpoint import Checkpoint
 from mochi_app.engine.group import Ranks
 from mochi_app.engine.loading import Precision, open_pipeline
 from mochi_app.engine.pipeline import Engine, Result
-from mochi_app.messages import Configure, JobEvent, Message, Resumed, Run, Stage, Step
+from mochi_app.messages import JobEvent, Message, Resumed, Run, Stage, Step
+from tests.checkpoints import CONFIG, SHAPE, latents
 from tests.lora_files import write_lora
 from tests.places import TINY
 from tests.ranks import run_ranks
 
-CONFIG = Configure(
-    slot=0, rank=0, world_size=1, model=str(TINY), device="cpu", dtype="float32", scratch=""
-)
 REQUEST = Run(
     job_id="j", prompt="a red ball rolls right", negative_prompt="", seed=3,
     num_inference_steps=8, guidance_scale=3.0, height=64, width=80, num_frames=7, fps=12,
     checkpoint_steps=3,
 )  # fmt: skip
-SHAPE = (1, 12, 2, 8, 10)
-STAMP = {"job_id": "j", "num_inference_steps": 8, "scale": 0.1}
 
 
 class Lost(Exception):
@@ -71,12 +65,6 @@ def request_(tmp_path: Path) -> Run:
     return replace(REQUEST, checkpoint=str(tmp_path / "checkpoints" / "j" / "latents.safetensors"))
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """A place for a checkpoint."""
-    return tmp_path / "j" / "latents.safetensors"
-
-
 def make(engine: Engine, request: Run) -> tuple[Result, list[Message]]:
     """A run to its end, and what it said."""
     events: list[Message] = []
@@ -103,10 +91,6 @@ def steps_of(events: list[Message]) -> list[int]:
 
 def resumed_at(events: list[Message]) -> list[int]:
     return [event.step for event in events if isinstance(event, Resumed)]
-
-
-def latents(value: float = 1.5) -> checkpoint.Latents:
-    return np.full(SHAPE, value, np.float32)
 
 
 @pytest.mark.parametrize(("lost", "kept"), [(2, 0), (4, 3), (6, 3), (9, 6)])
@@ -221,38 +205,6 @@ def test_a_lora_file_that_changed_meanwhile_begins_the_run_anew(
     assert result.frames_hash == expected.frames_hash
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"attention": "_native_math"},
-        {"cache_threshold": 0.1},
-        {"compile": True},
-        {"quantization": "int8"},
-        {"offload": "model"},
-        {"world_size": 2},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_a_checkpoint_of_other_options_is_another(change: dict[str, Any]) -> None:
-    assert checkpoint.of_configuration(replace(CONFIG, **change)) != checkpoint.of_configuration(
-        CONFIG
-    )
-
-
-def test_a_checkpoint_of_other_weights_or_types_is_another(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    (model / "vae").mkdir(parents=True)
-    (model / "vae" / "weights").write_bytes(b"1")
-    before = checkpoint.fingerprint(model)
-    (model / ".lock").touch()
-    assert checkpoint.fingerprint(model) == before
-    (model / "vae" / "weights").write_bytes(b"12")
-    assert checkpoint.fingerprint(model) != before
-    small, exact = torch.bfloat16, torch.float32
-    types = [(exact, exact, exact), (small, exact, exact), (exact, small, exact)]
-    assert len({str(start.precision_facts(Precision(*each))) for each in types}) == 3
-
-
 def test_a_run_on_more_threads_begins_anew(engine: Engine, request_: Run) -> None:
     """Sums on a CPU may depend on how they are split."""
     lose(engine, request_, 4)
@@ -261,74 +213,6 @@ def test_a_run_on_more_threads_begins_anew(engine: Engine, request_: Run) -> Non
         assert resumed_at(make(engine, request_)[1]) == []
     finally:
         torch.set_num_threads(1)
-
-
-def test_what_is_written_is_read(path: Path) -> None:
-    for step in (3, 6):
-        checkpoint.write(path, Checkpoint(step, latents(step)), STAMP)
-    found = checkpoint.read(path, STAMP, SHAPE)
-    assert found is not None
-    assert found.step == 6
-    assert np.array_equal(found.latents, latents(6))
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-    assert checkpoint.read(path.parent / "other" / path.name, STAMP, SHAPE) is None
-    assert checkpoint.read(path / path.name, STAMP, SHAPE) is None
-
-
-def flipped(content: bytes) -> bytes:
-    return content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        lambda content: b"",
-        lambda content: content[:4],
-        lambda content: content[:100],
-        lambda content: content[:-1],
-        lambda content: content + b"\0",
-        flipped,
-        lambda content: b"\x80\x04cos\nsystem\n(S'false'\ntR.",
-        lambda content: content.replace(b'"format":"1"', b'"format":"2"'),
-        lambda content: content.replace(b'"step":"3"', b'"step":"8"'),
-        lambda content: content.replace(b'"step":"3"', b'"step":"x"'),
-        lambda content: content.replace(b'"format"', b'"formal"'),
-    ],
-    ids=[
-        "empty", "no header", "half a header", "a byte less", "a byte more", "a flipped bit",
-        "a pickle", "a later format", "no step left", "no number", "no format",
-    ],
-)  # fmt: skip
-def test_what_is_torn_or_strange_is_removed(path: Path, harm: Callable[[bytes], bytes]) -> None:
-    checkpoint.write(path, Checkpoint(3, latents()), STAMP)
-    content = path.read_bytes()
-    harmed = harm(content)
-    assert harmed != content
-    path.write_bytes(harmed)
-    assert checkpoint.read(path, STAMP, SHAPE) is None
-    assert not path.parent.exists()
-
-
-def test_latents_of_another_shape_are_not_taken(path: Path) -> None:
-    checkpoint.write(path, Checkpoint(3, latents()), STAMP)
-    assert checkpoint.read(path, STAMP, (1, 12, 2, 8, 11)) is None
-
-
-def test_a_write_that_fails_leaves_the_older_one(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint.write(path, Checkpoint(3, latents()), STAMP)
-
-    def full(*names: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.write(path, Checkpoint(6, latents()), STAMP)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-    found = checkpoint.read(path, STAMP, SHAPE)
-    assert found is not None
-    assert found.step == 3
 
 
 def test_a_disk_that_refuses_checkpoints_costs_no_frame(
@@ -364,44 +248,6 @@ def test_a_step_is_told_after_the_checkpoint_before_it_is_durable(
     engine.run(request_, hear, lambda: False)
     assert told[2:5] == ["step 3", "kept 3", "step 4"]
     assert told[6:9] == ["step 6", "kept 6", "step 7"]
-
-
-def test_a_disk_that_hangs_is_waited_for_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hanging, written = threading.Event(), []
-
-    def hang(path: Path, kept: Checkpoint, stamp: checkpoint.Stamp) -> None:
-        written.append(kept.step)
-        hanging.wait()
-
-    waits: list[float] = []
-    join = threading.Thread.join
-    monkeypatch.setattr(checkpoint, "WRITE_SECONDS", 0.01)
-    monkeypatch.setattr(checkpoint, "write", hang)
-
-    def note(thread: threading.Thread, limit: float) -> None:
-        waits.append(limit)
-        join(thread, limit)
-
-    monkeypatch.setattr(threading.Thread, "join", note)
-    checkpoints = CheckpointWriter(path, 1, STAMP)
-    for step in (1, 2, 3):
-        checkpoints.settle()
-        checkpoints.keep(step, latents())
-    assert written == [1]
-    assert waits == [0.01, 0, 0, 0]
-    hanging.set()
-    assert checkpoints._writing is not None
-    join(checkpoints._writing)
-    checkpoints.keep(4, latents())
-    checkpoints.settle()
-    assert written == [1, 4]
-
-
-def test_numbers_that_are_not_finite_are_not_kept(path: Path) -> None:
-    checkpoints = CheckpointWriter(path, 1, STAMP)
-    checkpoints.keep(1, latents(float("nan")))
-    checkpoints.settle()
-    assert not path.exists()
 
 
 @pytest.mark.parametrize("off", ["no steps", "a cache"])
@@ -462,7 +308,8 @@ def outcome(engine: Engine, request: Run) -> tuple[list[int], str, str]:
     return steps_of(events), result.frames_hash, result.latents_hash
 
 
-def test_all_ranks_go_on_or_begin_together(path: Path, tmp_path: Path) -> None:
+def test_all_ranks_go_on_or_begin_together(tmp_path: Path) -> None:
+    path = tmp_path / "j" / "latents.safetensors"
     first, second = run_ranks(2, partial(by_ranks, path), tmp_path / "ranks", limit=90)
     every = list(range(1, 9))
     _, frames, noise = first["plain"]

@@ -85,9 +85,20 @@ async def test_the_trash_makes_room_before_a_job_waits(make_studio: MakeStudio, 
     assert removed == [old[0].id], "no more than is needed, the oldest first"
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(
+    ("times", "status", "error"),
+    [
+        (1, "COMPLETED", None),
+        (2, "FAILED", "the disk was full 2 times: free it and ask again (No space left on device)"),
+    ],
+)
 async def test_a_disk_that_fills_up_costs_a_try_and_no_slot(
-    make_studio: MakeStudio, disk: Disk, monkeypatch: pytest.MonkeyPatch, times: int
+    make_studio: MakeStudio,
+    disk: Disk,
+    monkeypatch: pytest.MonkeyPatch,
+    times: int,
+    status: str,
+    error: str | None,
 ) -> None:
     finalise, tries = MediaStore.finalise, [0]
 
@@ -101,14 +112,7 @@ async def test_a_disk_that_fills_up_costs_a_try_and_no_slot(
     monkeypatch.setattr(runs, "MAX_ATTEMPTS", 2)
     studio = await make_studio()
     job = await ended(studio, await studio.submit(prompt="p"))
-    assert job.attempts == 2
-    if times == 1:
-        assert job.status is JobStatus.COMPLETED
-    else:
-        assert job.status is JobStatus.FAILED
-        assert job.error == (
-            "the disk was full 2 times: free it and ask again (No space left on device)"
-        )
+    assert (job.attempts, job.status, job.error) == (2, status, error)
     assert list_scratch(studio) == []
     assert [slot.restarts for slot in studio.pool.slots] == [0]
 
