@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from mochi_app.engine.group import Ranks
 
 Work = Callable[[Ranks], Any]
 JOIN_SECONDS = 240.0
+# What every rank imports, once for all of a test run: seconds of work for each that need not be.
+PRELOADED = ["mochi_app.engine.loading", "mochi_app.engine.pipeline", "mochi_app.engine.speed"]
 
 
 def run_ranks(
@@ -30,7 +33,7 @@ def run_ranks(
     first rank the first of those that this process sees. `limit` is in seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = torch.multiprocessing.get_context("spawn")
+    context = context_for(device)
     processes = [
         context.Process(target=one_rank, args=(rank, size, work, folder, device))
         for rank in range(size)
@@ -49,6 +52,16 @@ def run_ranks(
     assert not stuck, f"{len(stuck)} of {size} ranks did not end"
     results = [folder / f"result-{rank}" for rank in range(size)]
     return [torch.load(path, weights_only=False, map_location="cpu") for path in results]
+
+
+def context_for(device: str) -> SpawnContext | ForkServerContext:
+    """How ranks are started: on a CPU forked from a process that has only imported things; with
+    CUDA as new ones, each of which reads which GPU is its own."""
+    if device == "cuda":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 @contextmanager
