@@ -204,7 +204,7 @@ class Settings(BaseSettings):
         default=3, le=4, description="Seconds that running jobs get to finish at shutdown."
     )
 
-    log_format: str = Field(
+    log_format: Literal["text", "json"] = Field(
         default="text",
         description="Log format: `text`, or `json` for one object per line.",
     )
