@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from mochi_app.callers import ANONYMOUS, Caller
-from mochi_app.parameters import PARAMETERS, GenerationRequest, Parameters
+from mochi_app.parameters import GenerationRequest, Parameters
 from mochi_app.request import Conflict, NotYours, refuse, safe_repr
 
 SCHEMA = 1
@@ -153,11 +153,6 @@ class Job(Parameters):
 
 
 JOB_FIELDS: tuple[str, ...] = tuple(item.name for item in fields(Job))
-
-# What makes two submits with one request_id the same request.
-REQUEST_FIELDS: tuple[str, ...] = tuple(
-    name for name, declared in PARAMETERS.items() if declared.position
-)
 
 
 class JobIds:

@@ -8,14 +8,21 @@ its value where it matters.
 
 # No `from __future__ import annotations`: the declarations in the annotations are objects.
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, Self, get_args, get_type_hints
+from typing import Annotated, Any, Self, get_args, get_type_hints
 
-from mochi_app.request import check_integer, check_number, check_text, refuse
-
-if TYPE_CHECKING:
-    from mochi_app.model_defaults import ModelDefaults
+from mochi_app.model_defaults import ModelDefaults
+from mochi_app.parameter_types import (
+    Choice,
+    Integer,
+    LoraName,
+    Number,
+    Offer,
+    Parameter,
+    Text,
+)
+from mochi_app.request import refuse
 
 MAX_PROMPT_CHARS = 2000
 MIN_STEPS, MAX_STEPS = 2, 512
@@ -26,142 +33,6 @@ SCHEDULE_STEPS: Mapping[str, tuple[int, int]] = {
     "fast": (7, 114),
 }
 DEFAULT_SCHEDULE = "linear_quadratic"
-NO_LORAS = "nothing, this server has none"
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What a server offers: its model's defaults and limits, the steps of a preview, its LoRAs."""
-
-    defaults: "ModelDefaults"
-    preview_steps: int = 8
-    loras: Collection[str] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parameter:
-    """The declaration of one parameter, without its name and Python type, which are the field's.
-
-    `help` is a sentence for the API's documentation. `omitted` gives the value for a request that
-    leaves the parameter out; without it the parameter is required. `position` is the parameter's
-    place among the API's positional arguments, from 1: a promise to callers, so a new parameter
-    takes the next number; None is for what cannot be asked for.
-
-    `label` is its name on the page; parameters with the same `row` stand side by side in the form,
-    and `info` explains the field. The details of a job show it `always`, when it is not what
-    `omitted` gives (`changed`), or not by themselves ("").
-    """
-
-    help: str
-    omitted: Callable[[Offer], Any] | None = None
-    position: int | None = None
-    label: str = ""
-    row: str = ""
-    info: Callable[[Offer], str] | None = None
-    detail: str = ""
-
-    def check(self, name: str, value: Any, offer: Offer) -> Any:
-        """`value` as this server takes it. Raises RequestError."""
-        raise NotImplementedError
-
-    def read(self, name: str, value: Any) -> Any:
-        """`value` as a video of any server may have it in its metadata. Raises RequestError."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Text(Parameter):
-    """`least` to `most` characters after trimming."""
-
-    least: int = 0
-    most: int = MAX_PROMPT_CHARS
-
-    def check(self, name: str, value: Any, offer: Offer) -> str:
-        """See Parameter."""
-        return self.read(name, value)
-
-    def read(self, name: str, value: Any) -> str:
-        """See Parameter."""
-        return check_text(name, value, least=self.least, most=self.most)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Integer(Parameter):
-    """A whole number of the form `multiple`·k + `offset`, from `least` to the server's `most`;
-    `widest` are the limits over all servers."""
-
-    least: int
-    most: Callable[[Offer], int]
-    widest: tuple[int, int]
-    multiple: int = 1
-    offset: int = 0
-
-    def check(self, name: str, value: Any, offer: Offer) -> int:
-        """See Parameter."""
-        return check_integer(
-            name,
-            value,
-            least=self.least,
-            most=self.most(offer),
-            multiple=self.multiple,
-            offset=self.offset,
-        )
-
-    def read(self, name: str, value: Any) -> int:
-        """See Parameter."""
-        least, most = self.widest
-        return check_integer(name, value, least=least, most=most)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Number(Parameter):
-    """A finite number from `least` to `most`; the page moves it by `step`."""
-
-    least: float
-    most: float
-    step: float
-
-    def check(self, name: str, value: Any, offer: Offer) -> float:
-        """See Parameter."""
-        return self.read(name, value)
-
-    def read(self, name: str, value: Any) -> float:
-        """See Parameter."""
-        return check_number(name, value, least=self.least, most=self.most)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice(Parameter):
-    """One of the keys of `options`, whose values are their names on the page."""
-
-    options: Mapping[str, str]
-
-    def check(self, name: str, value: Any, offer: Offer) -> str:
-        """See Parameter."""
-        return self.read(name, value)
-
-    def read(self, name: str, value: Any) -> str:
-        """See Parameter."""
-        if not isinstance(value, str) or value not in self.options:
-            raise refuse(name, value, " or ".join(self.options))
-        return value
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraName(Parameter):
-    """One of the server's LoRAs; None or an empty text is none."""
-
-    def check(self, name: str, value: Any, offer: Offer) -> str | None:
-        """See Parameter."""
-        if value is None or value == "":
-            return None
-        if value not in offer.loras:
-            raise refuse(name, value, ", ".join(sorted(offer.loras)) or NO_LORAS)
-        return str(value)
-
-    def read(self, name: str, value: Any) -> str | None:
-        """See Parameter."""
-        return None if value is None else check_text(name, value, least=1, most=MAX_PROMPT_CHARS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +49,7 @@ class Parameters:
             position=1,
             label="Prompt",
             least=1,
+            most=MAX_PROMPT_CHARS,
         ),
     ]
     seed: Annotated[
@@ -201,6 +73,7 @@ class Parameters:
             position=2,
             label="Negative prompt",
             detail="changed",
+            most=MAX_PROMPT_CHARS,
         ),
     ] = ""
     num_inference_steps: Annotated[
@@ -340,7 +213,7 @@ class GenerationRequest(Parameters):
     @classmethod
     def validate(
         cls,
-        defaults: "ModelDefaults",
+        defaults: ModelDefaults,
         *,
         preview_steps: int = 8,
         loras: Collection[str] = (),
@@ -354,12 +227,12 @@ class GenerationRequest(Parameters):
             RequestError: naming the field, the value given and what is accepted.
         """
         offer = Offer(defaults, preview_steps, loras)
-        unknown = given.keys() - {name for name, declared in ASKED.items() if declared.position}
+        unknown = given.keys() - ASKED.keys()
         if unknown:
             raise TypeError(f"no such parameters: {', '.join(sorted(unknown))}")
         values = {
             name: checked(name, declared, given.get(name), offer)
-            for name, declared in ASKED.items()
+            for name, declared in DECLARED.items()
         }
         check_schedule(values["schedule"], values["num_inference_steps"])
         if values["lora"] is None:
@@ -399,15 +272,23 @@ def read_parameters(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def declarations(kind: type) -> dict[str, Parameter]:
+def declarations(kind: type) -> Mapping[str, Parameter]:
     """The declared parameters of a dataclass by name, in the order of their fields."""
-    found = {}
-    for name, hint in get_type_hints(kind, include_extras=True).items():
-        for item in get_args(hint):
-            if isinstance(item, Parameter):
-                found[name] = item
-    return found
+    hints = get_type_hints(kind, include_extras=True)
+    return {
+        name: item
+        for name, hint in hints.items()
+        for item in get_args(hint)
+        if isinstance(item, Parameter)
+    }
 
 
 PARAMETERS: Mapping[str, Parameter] = declarations(Parameters)
-ASKED: Mapping[str, Parameter] = declarations(GenerationRequest)
+DECLARED: Mapping[str, Parameter] = declarations(GenerationRequest)
+# What can be asked for, in the order of the API.
+ASKED: Mapping[str, Parameter] = {
+    name: DECLARED[name]
+    for _, name in sorted((item.position, name) for name, item in DECLARED.items() if item.position)
+}
+# What a video is asked for with; of a request only its name is not among them.
+REQUEST_FIELDS: tuple[str, ...] = tuple(name for name in ASKED if name in PARAMETERS)

@@ -58,9 +58,7 @@ def settings_table() -> str:
 
 def parameters_table() -> str:
     """The table of a request's parameters, made from their declarations, in the API's order."""
-    asked = [(name, declared) for name, declared in ASKED.items() if declared.position]
-    asked.sort(key=lambda item: item[1].position or 0)
-    rows = [f"| `{name}` | {declared.help} |" for name, declared in asked]
+    rows = [f"| `{name}` | {declared.help} |" for name, declared in ASKED.items()]
     return "\n".join(["| parameter | what it is |", "| --- | --- |", *rows])
 
 

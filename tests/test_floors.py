@@ -25,6 +25,7 @@ FLOORS = (
 START = {"mochi_app.app", "mochi_app.__main__"}  # the composition root, and what runs it
 APART = "tiny"  # tied to nothing, and nothing to it
 PACKAGE = PROJECT_DIR / "mochi_app"
+MOST_LINES = 400  # of a file: what is longer is two rooms
 
 
 def floor_of(module: str) -> str:
@@ -96,3 +97,8 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         for name in free:
             del tied[name]
     assert tied == {}
+
+
+def test_no_file_is_too_long() -> None:
+    lines = {name: len(path.read_text("utf-8").splitlines()) for name, path in modules().items()}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}

@@ -11,13 +11,13 @@ import pytest
 from mochi_app.jobs import (
     JOB_FIELDS,
     NEXT,
-    REQUEST_FIELDS,
     SCHEMA,
     Job,
     JobIds,
     JobStatus,
     parse_job_id,
 )
+from mochi_app.parameters import REQUEST_FIELDS
 from mochi_app.request import (
     Conflict,
     NotFound,

@@ -13,8 +13,15 @@ from gradio.utils import get_function_description
 
 from mochi_app import messages
 from mochi_app.files import PROJECT_DIR
-from mochi_app.jobs import REQUEST_FIELDS, Job
-from mochi_app.parameters import ASKED, PARAMETERS, Parameters, Text, read_parameters
+from mochi_app.jobs import Job
+from mochi_app.parameter_types import Text
+from mochi_app.parameters import (
+    ASKED,
+    PARAMETERS,
+    REQUEST_FIELDS,
+    Parameters,
+    read_parameters,
+)
 from mochi_app.request import RequestError
 from mochi_app.web.api import Api
 from mochi_app.web.ui import FORM_FIELDS
@@ -70,7 +77,7 @@ def test_the_api_takes_them_in_the_promised_order(endpoint: str) -> None:
     assert "float" in types["lora_scale"]
     _, helps, _ = get_function_description(getattr(Api, endpoint))
     assert {name: helps[name] for name in API_NAMES} == {
-        name: declared.help for name, declared in ASKED.items() if declared.position
+        name: declared.help for name, declared in ASKED.items()
     }
 
 

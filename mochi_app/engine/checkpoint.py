@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from mochi_app import __version__
 from mochi_app.files import fsync, sync
 from mochi_app.messages import Configure, Run
-from mochi_app.parameters import PARAMETERS
+from mochi_app.parameters import REQUEST_FIELDS
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ TENSOR = "latents"
 # A disk that hangs must not hold a job for long: the slot would be killed for it.
 WRITE_SECONDS = 10.0
 # What the latents depend on: of a request, whatever was asked for
-ASKED = ("job_id", *(name for name, declared in PARAMETERS.items() if declared.position))
+REQUESTED = ("job_id", *REQUEST_FIELDS)
 # ... and of a rank's configuration, beside its model and types
 CONFIGURED = ("attention", "cache_threshold", "compile", "quantization", "offload", "world_size")
 
@@ -62,7 +62,7 @@ class Checkpoint:
 
 def of_request(request: Run) -> dict[str, Any]:
     """The request's part of a stamp."""
-    return {name: getattr(request, name) for name in ASKED}
+    return {name: getattr(request, name) for name in REQUESTED}
 
 
 def of_configuration(config: Configure) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mochi_app.errors import HistoryError
-from mochi_app.jobs import REQUEST_FIELDS, Job, JobStatus
+from mochi_app.jobs import Job, JobStatus
+from mochi_app.parameters import REQUEST_FIELDS
 from mochi_app.request import Conflict, safe_repr
 from mochi_app.store.checks import META, RecordDisk, uptime_of
 from mochi_app.store.database import RecordStore

@@ -20,7 +20,6 @@ from mochi_app.cancels import to_the_end
 from mochi_app.changes import Changes
 from mochi_app.errors import HistoryError, without_folders
 from mochi_app.jobs import (
-    REQUEST_FIELDS,
     Job,
     JobStatus,
     parse_job_id,
@@ -29,6 +28,7 @@ from mochi_app.jobs import (
     withdrawn,
 )
 from mochi_app.model_defaults import ModelDefaults
+from mochi_app.parameters import REQUEST_FIELDS
 from mochi_app.request import (
     Conflict,
     NotFound,

@@ -47,18 +47,14 @@ def refusals() -> Iterator[None]:
 def takes_parameters(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     """`endpoint(self, request, **given)` with a signature and an Args section that have each
     parameter of a request, as Gradio reads them for the API."""
-    ordered = sorted(
-        (declared.position, name) for name, declared in ASKED.items() if declared.position
-    )
-    names = [name for _, name in ordered]
     hints = get_type_hints(GenerationRequest)
     own = list(inspect.signature(endpoint).parameters.values())[:2]
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [
         inspect.Parameter(name, positional, annotation=hints[name])
-        if ASKED[name].omitted is None
+        if declared.omitted is None
         else inspect.Parameter(name, positional, default=None, annotation=hints[name] | None)
-        for name in names
+        for name, declared in ASKED.items()
     ]
     returned = get_type_hints(endpoint)["return"]
     signature = inspect.Signature([*own, *parameters], return_annotation=returned)
@@ -80,7 +76,7 @@ def takes_parameters(endpoint: Callable[..., Any]) -> Callable[..., Any]:
         "request": gr.Request,
         "return": returned,
     }
-    lines = [f"    {name}: {ASKED[name].help}" for name in names]
+    lines = [f"    {name}: {declared.help}" for name, declared in ASKED.items()]
     described.__doc__ = "\n".join([inspect.getdoc(endpoint) or "", "", "Args:", *lines])
     return described
 

@@ -23,17 +23,8 @@ from mochi_app.callers import Caller
 from mochi_app.errors import HistoryError
 from mochi_app.jobs import JobStatus
 from mochi_app.loras import lora_names
-from mochi_app.parameters import (
-    ASKED,
-    Choice,
-    Integer,
-    LoraName,
-    Number,
-    Offer,
-    Parameter,
-    Parameters,
-    Text,
-)
+from mochi_app.parameter_types import Choice, Integer, LoraName, Number, Offer, Parameter, Text
+from mochi_app.parameters import PARAMETERS, Parameters
 from mochi_app.request import RequestError, refuse
 from mochi_app.studio.studio import Studio
 from mochi_app.web.auth import caller_of
@@ -65,7 +56,7 @@ UNQUEUED: Mapping[str, Any] = {
 
 RANDOM_SEED = "random_seed"  # the form's own: whether each Generate draws a seed
 # What the form sends and is filled with, in this order.
-FORM_FIELDS = (RANDOM_SEED, *(name for name, declared in ASKED.items() if declared.label))
+FORM_FIELDS = (RANDOM_SEED, *(name for name, declared in PARAMETERS.items() if declared.label))
 
 Call = Callable[[Any, Caller], Awaitable[Any]]
 Answer = Callable[[Any, gr.Request], Awaitable[dict[str, Any]]]
@@ -240,7 +231,7 @@ def form(studio: Studio) -> dict[str, Any]:
     """The form's components by the names of `FORM_FIELDS`."""
     offer = Offer(studio.defaults, studio.settings.preview_steps)
     prompt = gr.Textbox(
-        label=ASKED["prompt"].label,
+        label=PARAMETERS["prompt"].label,
         placeholder="Describe the video, then Generate or Ctrl+Enter",
         lines=4,
         max_lines=10,
@@ -249,7 +240,7 @@ def form(studio: Studio) -> dict[str, Any]:
     examples(studio.defaults.examples, prompt)
     with gr.Row(elem_id="mochi-seed", equal_height=True):
         seed = gr.Textbox(
-            label=ASKED["seed"].label,
+            label=PARAMETERS["seed"].label,
             placeholder="drawn for you",
             max_lines=1,
             min_width=140,
@@ -259,13 +250,13 @@ def form(studio: Studio) -> dict[str, Any]:
     made = {"prompt": prompt, "seed": seed, RANDOM_SEED: random_seed}
     rest = [name for name in FORM_FIELDS if name not in made]
     with gr.Accordion("Settings", open=False, elem_id="mochi-settings"):
-        for row, names in itertools.groupby(rest, lambda name: ASKED[name].row):
+        for row, names in itertools.groupby(rest, lambda name: PARAMETERS[name].row):
             with contextlib.ExitStack() as stack:
                 if row:
                     visible = row != "lora" or studio.settings.lora_dir is not None
                     stack.enter_context(gr.Row(elem_id=f"mochi-{row}", visible=visible))
                 for name in names:
-                    made[name] = field(name, ASKED[name], offer, studio.settings.lora_dir)
+                    made[name] = field(name, PARAMETERS[name], offer, studio.settings.lora_dir)
         if studio.settings.lora_dir is not None:  # files come and go: look again with each page
             choices = functools.partial(lora_choices, studio.settings.lora_dir)
             gr.on(None, lambda: gr.Dropdown(choices()), None, made["lora"], **UNQUEUED)
@@ -300,10 +291,10 @@ def details() -> list[dict[str, Any]]:
     """The parameters that a job's details name: `name`, `label`, and the `usual` value with which
     they do not; None if they always do."""
     return [
-        {"name": item.name, "label": ASKED[item.name].label, "usual": usual}
+        {"name": item.name, "label": PARAMETERS[item.name].label, "usual": usual}
         for item in dataclasses.fields(Parameters)
-        for usual in [item.default if ASKED[item.name].detail == "changed" else None]
-        if ASKED[item.name].detail
+        for usual in [item.default if PARAMETERS[item.name].detail == "changed" else None]
+        if PARAMETERS[item.name].detail
     ]
 
 
